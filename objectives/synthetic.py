@@ -1,9 +1,9 @@
 """A small detection set made from nothing: shapes on cluttered backgrounds, in the YOLO folder format.
 
 It serves the quickstart and the tests, where there is neither data nor a network. It is meant to be learnt in
-minutes but not by a trick: only the outline tells the class. Colour, fill, size, place, rotation and background are
-drawn independently of it, shapes overlap and leave the frame, and lines, arcs and dots without a label lie between.
-Knows the file format and nothing of the training that reads it.
+minutes but not by a trick: only the outline tells the class. Colour, fill, size, place, rotation and
+background are drawn independently of it, shapes overlap and leave the frame, and lines, arcs and dots without
+a label lie between. Knows the file format and nothing of the training that reads it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 CLASSES = ("disc", "rectangle", "triangle", "ring", "cross")
-#: Share of a shape that may be covered or out of the frame. A placement that would hide more of any shape is not
-#: made, so that no image holds a recognisable piece without a label.
-MAX_HIDDEN = 0.7
+#: Share of a shape that must be in view. A placement that would leave less of any shape is not made, so that
+#: no image holds a recognisable piece without a label.
+MIN_SHOWN = 0.3
 FORMAT_VERSION = 1
 
 _Array = NDArray[np.float32]
@@ -31,9 +31,9 @@ def make_detection_set(folder: Path, *, images_train: int, images_val: int, imgs
     """Write a detection set and return the path of its `data.yaml`.
 
     The layout is `images/{train,val}/NNNNN.jpg` with `labels/{train,val}/NNNNN.txt`; a label line is
-    `class x y width height`, the visible extent relative to the image. Image i of a split depends on the seed, the
-    split and i alone, so a larger set begins with the smaller one, and the splits share no random numbers. The set
-    appears at once, when it is complete; the same call again finds it and does nothing.
+    `class x y width height`, the visible extent relative to the image. Image i of a split depends on the
+    seed, the split and i alone, so a larger set begins with the smaller one, and the splits share no random
+    numbers. The set appears at once, when it is complete; the same call again finds it and does nothing.
 
     Args:
         folder: to be made; may be there when empty, or when it holds the very set asked for.
@@ -86,8 +86,8 @@ def draw_image(imgsz: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8],
     """One image with its labels.
 
     Returns:
-        Pixels `(imgsz, imgsz, 3)` RGB, and labels `(shapes, 5)`: class, centre x, centre y, width, height, the
-        last four relative to the image.
+        Pixels `(imgsz, imgsz, 3)` RGB, and labels `(shapes, 5)`: class, centre x, centre y, width, height,
+        the last four relative to the image.
     """
     canvas = _clutter(_background(imgsz, rng), rng)
     owner = np.full((imgsz, imgsz), -1, dtype=np.int16)
@@ -106,9 +106,10 @@ def draw_image(imgsz: int, rng: np.random.Generator) -> tuple[NDArray[np.uint8],
 
 
 def _yaml() -> str:
-    # No `path:` key: Ultralytics takes it relative to a global folder; without it, paths are relative to this file.
+    # No `path:` key: Ultralytics takes it relative to a global folder; without it, paths are relative to this
+    # file.
     names = "".join(f"  {i}: {name}\n" for i, name in enumerate(CLASSES))
-    return f"# Synthetic shapes, made as synthetic.json says.\ntrain: images/train\nval: images/val\nnames:\n{names}"
+    return f"# Made as synthetic.json says.\ntrain: images/train\nval: images/val\nnames:\n{names}"
 
 
 def _recipe_of(folder: Path) -> object:
@@ -175,7 +176,7 @@ def _clutter(canvas: _Array, rng: np.random.Generator) -> _Array:
 
 
 def _shape(name: str, imgsz: int, rng: np.random.Generator) -> tuple[_Array, int, int]:
-    """One whole shape: coverage `(window, window)` in [0, 1], and the window's row and column, inside the image or not."""
+    """A whole shape: coverage `(window, window)` in [0, 1], and its window's first row and column."""
     radius = imgsz * float(np.exp(rng.uniform(np.log(0.07), np.log(0.26))))
     centre_x, centre_y = rng.uniform(0.02, 0.98, 2) * imgsz
     half = int(np.ceil(radius * 1.1)) + 1
@@ -193,7 +194,7 @@ def _shape(name: str, imgsz: int, rng: np.random.Generator) -> tuple[_Array, int
         outer = np.hypot(x, y)
         distance = np.maximum(outer - radius, radius * rng.uniform(0.5, 0.7) - outer)
     elif name == "rectangle":
-        distance = np.maximum(np.abs(x), np.abs(y)) - radius * 0.85
+        distance = np.maximum(np.abs(x), np.abs(y)) - radius * 0.75
     elif name == "triangle":
         sides = [x * np.cos(turn) + y * np.sin(turn) for turn in np.pi / 3 * np.array([1, 3, 5])]
         distance = np.maximum.reduce(sides) - radius * 0.55
@@ -210,17 +211,18 @@ def _shape(name: str, imgsz: int, rng: np.random.Generator) -> tuple[_Array, int
 def _place(owner: NDArray[np.int16], mask: NDArray[np.bool_], top: int, left: int, areas: list[int]) -> bool:
     """Lay a shape over `owner`, unless that hides too much of any; says whether it did.
 
-    `owner` holds the index of the shape that shows at each pixel, -1 for none; `areas` the whole area of each shape.
+    `owner` holds the index of the shape that shows at each pixel, -1 for none; `areas` the whole area of each
+    shape.
     """
     window = owner[max(top, 0) : top + len(mask), max(left, 0) : left + len(mask)]
     inside = mask[max(-top, 0) :, max(-left, 0) :][: window.shape[0], : window.shape[1]]
     area = int(mask.sum())
-    if inside.sum() < (1 - MAX_HIDDEN) * area:
+    if inside.sum() < MIN_SHOWN * area:
         return False
     now = np.bincount(owner[owner >= 0], minlength=len(areas))
     covered = window[inside]
     after = now - np.bincount(covered[covered >= 0], minlength=len(areas))
-    if np.any(after < (1 - MAX_HIDDEN) * np.array(areas)):
+    if np.any(after < MIN_SHOWN * np.array(areas)):
         return False
     window[inside] = len(areas)
     areas.append(area)
@@ -228,7 +230,7 @@ def _place(owner: NDArray[np.int16], mask: NDArray[np.bool_], top: int, left: in
 
 
 def _paint(canvas: _Array, alpha: _Array, top: int, left: int, rng: np.random.Generator) -> None:
-    """Blend the shape into `canvas`, in place: plain, shaded, striped or mottled, in a colour that stands out a little."""
+    """Blend the shape into `canvas`: plain, shaded, striped or mottled, in a colour that stands out."""
     rows, columns = slice(max(top, 0), top + len(alpha)), slice(max(left, 0), left + len(alpha))
     window = canvas[rows, columns]
     height, width = window.shape[:2]
