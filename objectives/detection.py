@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .batchnorm import reestimate_batchnorm
+from .best import BestWeights
 from .digest import files_digest, model_digest
 from .task import EpochCallback, Predictor, Recovery, Traceable
 
@@ -212,16 +213,19 @@ class DetectionTask:
 
     def recover(self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback) -> nn.Module:
         device = torch.device(resolve_device(recovery.device))
+        best = BestWeights()
+        best.offer(model, self.evaluate(self.predictor(model)))
         if recovery.reestimate_images:
             model.to(device)
             images = (b["img"].to(device) for b in self.calibration(recovery.reestimate_images, _EVAL_BATCH))
             reestimate_batchnorm(model, images)
-        if recovery.epochs > 0:
-            trainer = _RecoveryTrainer(self, model, recovery, folder, on_epoch)
+            best.offer(model, self.evaluate(self.predictor(model)))
+        if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
+            trainer = _RecoveryTrainer(self, model, recovery, folder, on_epoch, best)
             with _torch_threads(recovery.threads):
                 trainer.train()
             model = trainer.ema.ema
-        model = model.to("cpu").float().eval()
+        model = best.restore(model.to("cpu").float().eval())
         model.requires_grad_(True)
         model.args = get_cfg()  # type: ignore[assignment]
         model.criterion = None  # type: ignore[assignment]  # holds tensors of the training device
@@ -333,7 +337,7 @@ class PrunedTrainer(DetectionTrainer):  # type: ignore[misc]  # Ultralytics ship
 class _RecoveryTrainer(PrunedTrainer):
     """Ultralytics' training loop as a trial uses it: our accuracy after each epoch, no files, no loggers."""
 
-    def __init__(self, task: DetectionTask, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback):
+    def __init__(self, task: DetectionTask, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback, best: BestWeights):
         device = resolve_device(recovery.device)
         overrides = {
             "task": "detect",
@@ -374,6 +378,7 @@ class _RecoveryTrainer(PrunedTrainer):
         self.model = model
         self._task = task
         self._on_epoch = on_epoch
+        self._best = best
 
     def _setup_train(self) -> None:
         super()._setup_train()
@@ -385,6 +390,7 @@ class _RecoveryTrainer(PrunedTrainer):
         if not math.isfinite(float(self.loss)):
             raise FloatingPointError(f"the training loss became {float(self.loss)} in epoch {self.epoch + 1}")
         accuracy = self._task.evaluate(self._task.predictor(self.ema.ema))
+        self._best.offer(self.ema.ema, accuracy)
         if not self._on_epoch(self.epoch + 1, self.epochs, accuracy):
             self.stop = True
         return {"mAP50-95": accuracy}, accuracy

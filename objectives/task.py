@@ -19,7 +19,7 @@ from torch import Tensor, nn
 #: exported artifact look the same through it.
 Predictor = Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]
 
-#: Called after each epoch of a recovery with (epoch from 1, epochs, accuracy); returns False to end it there.
+#: Called before a recovery's training with epoch 0 and after each epoch: (epoch, epochs, accuracy); returns False to end it there.
 EpochCallback = Callable[[int, int, float], bool]
 
 
@@ -106,6 +106,9 @@ class Task(Protocol):
 
     def recover(self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback) -> nn.Module:
         """Train the pruned model back; the architecture is the given one. `folder` takes scratch files.
+
+        `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated) and after each epoch.
+        What is returned is the state with the best accuracy of all these, the one before re-estimation included.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite.

@@ -119,8 +119,8 @@ class PruningPlan:
 
     @property
     def widths(self) -> dict[str, tuple[int, int]]:
-        """Layer name to kept `(in, out)` channels, for the layers that lose any."""
-        return {name: (cut.kept_in, cut.kept_out) for name, cut in self.layers.items()}
+        """Convolution or linear layer to kept `(in, out)` channels, for those that lose any."""
+        return {name: (cut.kept_in, cut.kept_out) for name, cut in self.layers.items() if cut.channels_in}
 
     @property
     def is_empty(self) -> bool:

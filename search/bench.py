@@ -1,0 +1,210 @@
+"""The bench of a device: what all its trials share, found in the caches or made once.
+
+Opens the task, finds the groups, computes scores, exports the unpruned model and has it profiled. Knows neither Optuna nor MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from objectives.task import Recovery, Task
+from profiles.artifact import Artifact
+from profiles.cache import Cache
+from profiles.device import Device
+from profiles.export import export_artifact
+from profiles.latency_profile import LatencyProfile, Variant, build_profile
+
+from .allocation import Widths, rank
+from .criteria import compute_scores, scores_data_key
+from .groups import ChannelGroups, find_groups
+from .plan import PruningPlan
+from .prune import prune
+from .scores import ChannelScores
+from .studyfile import Choices, ModelSection, StudyFile
+from .trial import Bench
+from .workspace import Workspace, write_json
+
+_log = logging.getLogger("paretoprune")
+
+#: Called with a line about something long that begins or was found done.
+Notice = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Shop:
+    """A study's task and caches, from which the benches of its devices are made."""
+
+    study: StudyFile
+    workspace: Workspace
+    notice: Notice = _log.info
+
+    @cached_property
+    def task(self) -> Task:
+        """The task of the study file.
+
+        Raises:
+            ValueError: the model or the data cannot be used; the message says which and why.
+        """
+        return open_task(self.study)
+
+    @cached_property
+    def groups(self) -> ChannelGroups:
+        model = self.task.load_model()
+        groups = find_groups(self.task.traceable(model), model)
+        return groups.select(self.study.search.include, self.study.search.exclude)
+
+    @cached_property
+    def recovery(self) -> Recovery:
+        section = self.study.finetune
+        return Recovery(
+            epochs=section.epochs,
+            lr=section.lr,
+            batch=section.batch,
+            device=section.device,
+            reestimate_images=section.reestimate_images,
+            seed=self.study.seed,
+            options=dict(section.options),
+        )
+
+    @property
+    def criteria(self) -> tuple[str, ...]:
+        """Every criterion that a trial of this study may ask for."""
+        criterion = self.study.search.criterion
+        return criterion.choices if isinstance(criterion, Choices) else (criterion,)
+
+    def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
+        """Cached scores, computed where they are missing."""
+        section = self.study.calibration
+        settings = {"images": section.images, "batch": section.batch, "loss": section.loss}
+        data_key = scores_data_key(self.task, **settings)  # type: ignore[arg-type]  # mixed value types
+        path = self.workspace.cache / "scores" / f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
+        if path.exists() and not refresh:
+            try:
+                cached = ChannelScores.load(path)
+                if (cached.criterion, cached.model_key, cached.data_key) == (criterion, self.task.model_key, data_key):
+                    self.notice(f"scores: {criterion} found in the cache")
+                    return cached
+                self.notice(f"scores: the cached {criterion} belong to another model or other data; computing again")
+            except ValueError as error:
+                self.notice(f"scores: cache refused ({error}); computing again")
+        batches = -(-section.images // section.batch)
+        self.notice(f"scores: computing {criterion} on {section.images} images")
+        scores = compute_scores(
+            criterion,
+            self.task,
+            **settings,  # type: ignore[arg-type]
+            on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
+        )
+        scores.save(path)
+        return scores
+
+    def baseline(self, device: Device) -> Artifact:
+        """The unpruned model exported for a device; exported once, so that every trial is measured against one file."""
+        folder = self.workspace.device(device.name) / "baseline"
+        record = folder / "artifact.json"
+        key = {"model_key": self.task.model_key, "input_shape": list(self.task.input_shape), "device": device.to_json()}
+        try:
+            data = json.loads(record.read_text(encoding="utf-8"))
+            if data["key"] == key:
+                return Artifact.from_json(data["artifact"], folder)
+        except (OSError, ValueError, KeyError):
+            pass  # not there yet, or not this model's: export it
+        model = self.task.load_model()
+        artifact = export_artifact(
+            self.task.deployable(model), device, folder, self.task.input_shape, self.task.metadata(model)
+        )
+        write_json(record, {"key": key, "artifact": artifact.to_json()})
+        return artifact
+
+    def profile(self, device: Device, *, refresh: bool = False) -> LatencyProfile:
+        """The device's cached latency profile, measured where it is missing or was measured on another machine."""
+        cache = Cache(self.workspace.cache)
+        key = {
+            "model_key": self.task.model_key,
+            "input_shape": list(self.task.input_shape),
+            "fingerprint": device.fingerprint,
+            "device": device.to_json(),
+        }
+        if not refresh:
+            cached = cache.get("profile", key, LatencyProfile.from_json)
+            if cached is not None:
+                self.notice(f"profile: {device.name} found in the cache")
+                return cached
+        self.notice(f"profile: measuring every layer on {device.name} ({device.fingerprint})")
+        folder = self.workspace.device(device.name) / "variants"
+        profile = build_profile(
+            device, lambda variant: self._variant(device, variant, folder), self.task.model_key, progress=self.notice
+        )
+        cache.put("profile", key, profile.to_json())
+        return profile
+
+    def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:
+        """A randomly pruned version of the model, untrained: latency does not depend on the weights' values."""
+        if variant.ratio == 0.0:
+            return self.baseline(device)
+        rng = np.random.default_rng(variant.seed)
+        # One share per group, so that the variants differ in shape and not only in size.
+        scores = [rng.random(g.channels) + rng.normal(0.0, 0.25) for g in self.groups.groups]
+        total, weights = self.groups.prunable_channels, self.groups.weights
+        removed = rank(
+            self.groups,
+            scores,
+            variant.ratio,
+            lambda counts: float(counts @ weights) / total,
+            Widths(variant.round_to, self.study.search.min_channels),
+        )
+        plan = PruningPlan.of(self.task.model_key, self.groups, removed)
+        model = prune(self.task.load_model(), plan, self.task.settle)
+        name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}"
+        return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
+
+    def bench(self, device: Device) -> Bench:
+        """Everything the trials of a device share."""
+        return Bench(
+            task=self.task,
+            device=device,
+            fingerprint=device.fingerprint,
+            groups=self.groups,
+            scores={criterion: self.scores(criterion) for criterion in self.criteria},
+            profile=self.profile(device),
+            baseline=self.baseline(device),
+            recovery=self.recovery,
+            min_channels=self.study.search.min_channels,
+            latency_target=self.study.measure.target,
+            latency_limit_s=self.study.measure.limit_s,
+        )
+
+
+def open_task(study: StudyFile) -> Task:
+    """The task that a study file's `model` and `data` describe.
+
+    Raises:
+        ValueError: they cannot be used.
+    """
+    if isinstance(study.model, ModelSection):
+        from objectives.classification import ClassificationTask
+
+        return ClassificationTask(
+            builder=study.model.builder,
+            weights=study.model.weights,
+            data=study.data,
+            imgsz=study.imgsz,
+            folder=study.source.parent,
+        )
+    from objectives.detection import DetectionTask
+
+    return DetectionTask(model=study.model, data=study.data, imgsz=study.imgsz)
+
+
+def _short(text: str) -> str:
+    import hashlib
+
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+

@@ -1,0 +1,100 @@
+"""Samplers by name, made so that a suggestion depends on the seed, the trial's number and the trials before it, and on nothing else.
+
+A sampler that lives as long as its process draws differently after a restart; one that starts anew with the same seed draws the same
+points again. Both are wrong for a study that may be resumed, so each trial gets a sampler of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+SAMPLERS = ("gp", "tpe", "nsga2", "random", "grid")
+_STARTUP_TRIALS = 6
+
+
+class SpacedSampler(BaseSampler):
+    """Draws from a declared space, whatever the trials so far were stored with.
+
+    Optuna's samplers infer their space from the trials they see, and fall back to independent random draws where one trial's ranges differ;
+    trial 0, the unpruned model, always does.
+    """
+
+    def __init__(self, inner: BaseSampler, space: dict[str, BaseDistribution]):
+        self._inner = inner
+        self._space = space
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {name: d for name, d in sorted(self._space.items()) if not d.single()}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._inner.sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._inner.sample_independent(study, trial, param_name, self._space.get(param_name, param_distribution))
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        self._inner.before_trial(study, trial)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        self._inner.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Nothing: the seed is the trial's."""
+
+
+def make_sampler(name: str, space: dict[str, BaseDistribution], *, seed: int, trial: int) -> BaseSampler:
+    """The sampler for one trial.
+
+    Args:
+        name: one of `SAMPLERS`.
+        space: see `search.space.searched_space`.
+        seed: the study's seed.
+        trial: number of the trial that is going to be asked for.
+
+    Raises:
+        ValueError: an unknown name, or `grid` with nothing to enumerate.
+    """
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed}/{trial}".encode()).digest()[:4], "big")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        if name == "gp":
+            inner: BaseSampler = optuna.samplers.GPSampler(seed=own_seed, n_startup_trials=_STARTUP_TRIALS)
+        elif name == "tpe":
+            inner = optuna.samplers.TPESampler(seed=own_seed, n_startup_trials=_STARTUP_TRIALS)
+        elif name == "nsga2":
+            inner = optuna.samplers.NSGAIISampler(seed=own_seed, population_size=8)
+        elif name == "random":
+            inner = optuna.samplers.RandomSampler(seed=own_seed)
+        elif name == "grid":
+            inner = optuna.samplers.GridSampler(grid(space), seed=seed)
+        else:
+            raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    return SpacedSampler(inner, space)
+
+
+def grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
+    """The grid over a space: beta in quarters (the paper's 0, 0.25, 0.5, 0.75, 1 over the whole range), other numbers in six steps."""
+    points: dict[str, list[Any]] = {}
+    for name, distribution in space.items():
+        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+            points[name] = list(distribution.choices)
+        elif isinstance(distribution, optuna.distributions.FloatDistribution):
+            steps = 5 if name == "beta" else 6
+            width = distribution.high - distribution.low
+            points[name] = [distribution.low + width * i / (steps - 1) for i in range(steps)]
+    return points

@@ -1,0 +1,195 @@
+"""Channel scores: how much the loss would change without a channel. Computed once per model and data, then cached.
+
+Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equation (3). Knows no device and no plan.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelScores:
+    """One score per channel and layer; the higher the score, the more the channel is worth keeping.
+
+    Attributes:
+        criterion: name of what was computed.
+        model_key, data_key: digests of the model and of the calibration data (with its settings).
+        layers: layer name to scores `(channels,)`, not negative, finite.
+
+    Raises:
+        ValueError: a score is negative, NaN or infinite.
+    """
+
+    criterion: str
+    model_key: str
+    data_key: str
+    layers: Mapping[str, FloatArray]
+
+    def __post_init__(self) -> None:
+        for name, values in self.layers.items():
+            if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
+                bad = values[~np.isfinite(values) | (values < 0)]
+                raise ValueError(
+                    f"scores of {name} must be one finite number >= 0 per channel, got shape {values.shape} with "
+                    f"{bad[:3].tolist()}"
+                )
+
+    def save(self, path: Path) -> Path:
+        """Write a safetensors file with the identity in its header; complete or not there."""
+        from safetensors.numpy import save_file
+
+        header = {
+            "format_version": str(FORMAT_VERSION),
+            "criterion": self.criterion,
+            "model_key": self.model_key,
+            "data_key": self.data_key,
+            "layers": json.dumps(list(self.layers)),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        save_file({name: np.ascontiguousarray(v) for name, v in self.layers.items()}, partial, metadata=header)
+        partial.replace(path)
+        return path
+
+    @classmethod
+    def load(cls, path: Path) -> ChannelScores:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: not such a file, truncated, or of another format version.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="numpy") as file:
+                header = file.metadata() or {}
+                if header.get("format_version") != str(FORMAT_VERSION):
+                    raise ValueError(
+                        f"{path.name}: format_version must be {FORMAT_VERSION}, got {header.get('format_version')}"
+                    )
+                layers = {name: file.get_tensor(name) for name in json.loads(header["layers"])}
+        except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path.name} is not a readable scores file: {error}") from error
+        return cls(header["criterion"], header["model_key"], header["data_key"], layers)
+
+
+def taylor(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> dict[str, FloatArray]:
+    """First-order Taylor scores of every convolution and linear output, equation (3).
+
+    For each image, the product of a channel's activation map with the gradient of the loss is summed over the map; its absolute value
+    is averaged over the images. A channel's map is taken where it is last a map of its own: behind the batch norm and the activation
+    that follow the layer, because that is what removing the channel removes.
+
+    Args:
+        model: in eval mode, parameters on any device.
+        batches: what `loss` takes.
+        loss: differentiable scalar, summed over the batch's images.
+        on_batch: called with the number of batches done.
+
+    Returns:
+        Layer name to `(channels,)` float64.
+
+    Raises:
+        ValueError: there were no batches, or a gradient is not finite.
+    """
+    import torch
+    from torch import nn
+
+    model.eval()
+    names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    totals: dict[str, FloatArray] = {}
+    images = 0
+    done = 0
+    for batch in batches:
+        with _ActivationMaps(model, names) as maps:
+            value = loss(model, batch)
+            used = [(name, map_) for name, map_ in maps.items() if map_.requires_grad]
+            gradients = torch.autograd.grad(value, [map_ for _, map_ in used], allow_unused=True)
+        count = 0
+        for (name, map_), gradient in zip(used, gradients, strict=True):
+            if gradient is None:
+                continue
+            product = (map_.detach() * gradient).double()
+            # (images, channels, rest): a linear layer on tokens has its channels last
+            product = product.flatten(2).sum(2) if product.ndim == 4 else product.reshape(len(product), -1, product.shape[-1]).sum(1)
+            score = product.abs().sum(0).cpu().numpy()
+            if not np.isfinite(score).all():
+                raise ValueError(f"the gradient at {name} is not finite on batch {done}; check the loss on this data")
+            totals[name] = totals.get(name, 0.0) + score
+            count = max(count, len(product))
+        images += count
+        done += 1
+        on_batch(done)
+    if not images:
+        raise ValueError("scores need at least one calibration image, got none")
+    return {name: totals[name] / images for name in names.values() if name in totals}
+
+
+class _ActivationMaps:
+    """Follows each layer's output through batch norm and activation modules during one forward pass.
+
+    Works on tensor identity rather than on module structure, so it needs no knowledge of a framework's blocks. Identities are
+    safe because every followed tensor is kept alive here.
+    """
+
+    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
+        self._model = model
+        self._names = names
+
+    def __enter__(self) -> dict[str, Tensor]:
+        import torch
+        from torch import nn
+        from torch.nn.modules.batchnorm import _BatchNorm
+
+        maps: dict[str, Tensor] = {}
+        owner: dict[int, str] = {}
+        keep: list[Tensor] = []
+
+        def follow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
+            if not isinstance(output, torch.Tensor):
+                return None
+            if module in self._names:
+                name = self._names[module]
+            elif len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) and id(inputs[0]) in owner:
+                name = owner[id(inputs[0])]
+            else:
+                return None
+            maps[name] = output
+            # The network goes on with a copy: `out += shortcut` would otherwise change the recorded map in place.
+            onward = output.clone()
+            owner[id(onward)] = name
+            keep.append(onward)
+            return onward
+
+        elementwise = (_BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.ELU)
+        self._handles = [
+            m.register_forward_hook(follow)
+            for m in self._model.modules()
+            if m in self._names or isinstance(m, elementwise)
+        ]
+        self._keep = keep
+        return maps
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._keep.clear()

@@ -1,0 +1,96 @@
+"""The search space: the study file's `search` section as Optuna distributions, and suggestions as `TrialParams`.
+
+Two views of every searched key: the range a sampler draws from, and the wider one a trial is stored with, which also
+holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from .result import TrialParams
+from .studyfile import Choices, Range, SearchSection
+
+KEYS = ("beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to")
+
+
+def searched_space(search: SearchSection) -> dict[str, BaseDistribution]:
+    """What samplers draw from: one distribution per searched key; fixed keys are absent."""
+    space: dict[str, BaseDistribution] = {}
+    for key in KEYS:
+        value = getattr(search, key)
+        if isinstance(value, Range):
+            space[key] = FloatDistribution(value.low, value.high)
+        elif isinstance(value, Choices):
+            space[key] = CategoricalDistribution(value.choices)
+    return space
+
+
+def stored_space(search: SearchSection) -> dict[str, BaseDistribution]:
+    """What trials are stored with: `searched_space` widened to hold the unpruned model."""
+    space = searched_space(search)
+    for key, distribution in space.items():
+        if isinstance(distribution, FloatDistribution):
+            space[key] = FloatDistribution(0.0, distribution.high)
+        elif key in ("beta", "ratio") and isinstance(distribution, CategoricalDistribution):
+            space[key] = CategoricalDistribution(tuple(dict.fromkeys((0.0, *distribution.choices))))
+    return space
+
+
+def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> TrialParams:
+    """Ask Optuna for every searched key and fill in the fixed ones.
+
+    Args:
+        auto_round_to: what `round_to: auto` stands for on this device.
+    """
+    values: dict[str, Any] = {}
+    space = stored_space(search)
+    for key in KEYS:
+        distribution = space.get(key)
+        if isinstance(distribution, FloatDistribution):
+            values[key] = trial.suggest_float(key, distribution.low, distribution.high)
+        elif isinstance(distribution, CategoricalDistribution):
+            values[key] = trial.suggest_categorical(key, distribution.choices)
+        else:
+            values[key] = getattr(search, key)
+    if values["round_to"] == "auto":
+        values["round_to"] = auto_round_to
+    return TrialParams(**values)
+
+
+def unpruned_point(search: SearchSection) -> dict[str, Any]:
+    """Trial 0's value of every searched key."""
+    point: dict[str, Any] = {}
+    for key, distribution in stored_space(search).items():
+        choices = getattr(distribution, "choices", None)
+        point[key] = 0.0 if key in ("beta", "ratio") else choices[0] if choices else 0.0
+    return point
+
+
+def known_points(search: SearchSection) -> list[dict[str, Any]]:
+    """Points worth trying before any sampler has something to go on, within the searched ranges.
+
+    Plain Taylor (beta 0) at a quarter, half and three quarters of the ratio range, and the paper's beta 0.5 at 30%. Other searched
+    keys are left to the sampler.
+    """
+    space = searched_space(search)
+
+    def nearest(key: str, value: float) -> dict[str, Any]:
+        distribution = space.get(key)
+        if isinstance(distribution, FloatDistribution):
+            return {key: min(max(value, distribution.low), distribution.high)}
+        if isinstance(distribution, CategoricalDistribution):
+            return {key: min(distribution.choices, key=lambda choice: abs(float(choice or 0) - value))}
+        return {}
+
+    ratio = space.get("ratio")
+    low, high = (ratio.low, ratio.high) if isinstance(ratio, FloatDistribution) else (0.1, 0.7)
+    points: list[dict[str, Any]] = []
+    for share in (0.5, 0.25, 0.75):
+        points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
+    points.append({**nearest("beta", 0.5), **nearest("ratio", 0.3)})
+    unique = [p for i, p in enumerate(points) if p and p not in points[:i]]
+    return unique

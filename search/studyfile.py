@@ -1,0 +1,423 @@
+"""The study file: what the user asks for, checked whole before anything starts.
+
+Reads YAML, expands `${VAR}`, applies `--set` overrides, resolves paths against the file's folder, and reports all faults at once. Opens neither
+model nor data.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from profiles.device import Device
+
+from .allocation import ALLOCATIONS
+from .criteria import CRITERIA
+
+T = TypeVar("T")
+NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+_VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class StudyFileError(ValueError):
+    """One or more faults of a study file; `faults` holds a line each."""
+
+    def __init__(self, source: str, faults: Sequence[str]):
+        self.faults = tuple(faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__("\n".join([f"{source}: {count}", *(f"  {fault}" for fault in faults)]))
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, arbitrary_types_allowed=True)
+
+
+class Range(_Section):
+    """A searched number, `low` to `high`, both included."""
+
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got low {self.low:g} and high {self.high:g}")
+        return self
+
+
+class Choices(_Section, Generic[T]):
+    """A searched choice."""
+
+    choices: tuple[T, ...] = Field(min_length=1)
+
+    @field_validator("choices")
+    @classmethod
+    def _distinct(cls, values: tuple[T, ...]) -> tuple[T, ...]:
+        if len(set(values)) != len(values):
+            raise ValueError(f"choices must differ, got {list(values)}")
+        return values
+
+
+Beta = Annotated[float, Field(ge=0.0, le=1.0)]
+Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
+Multiple = Annotated[int, Field(ge=1)]
+Word = Annotated[str, Field(min_length=1)]
+
+
+def _bounded(value: float | Range | Choices[float], low: float, high: float, *, closed: bool) -> None:
+    ends: tuple[float, ...]
+    if isinstance(value, Range):
+        ends = (value.low, value.high)
+    elif isinstance(value, Choices):
+        ends = value.choices
+    else:
+        ends = (value,)
+    for end in ends:
+        if not (low <= end <= high if closed else low <= end < high):
+            raise ValueError(f"must lie in [{low:g}, {high:g}{']' if closed else ')'}, got {end:g}")
+
+
+class SearchSection(_Section):
+    """What is searched; a plain value is fixed."""
+
+    beta: Range | Choices[float] | float = Range(low=0.0, high=1.0)
+    ratio: Range | Choices[float] | float = Range(low=0.1, high=0.7)
+    ratio_of: Literal["channels", "latency", "macs", "params"] = "channels"
+    criterion: Choices[str] | Word = "taylor"
+    cost: Choices[str] | Word = "layer"
+    allocation: Choices[str] | Word = "rank"
+    round_to: Literal["auto"] | Multiple | Choices[int] = "auto"
+    min_channels: Multiple = 8
+    include: tuple[Word, ...] = ("*",)
+    exclude: tuple[Word, ...] = ()
+    sampler: Literal["gp", "tpe", "nsga2", "random", "grid"] = "gp"
+
+    @field_validator("beta")
+    @classmethod
+    def _beta(cls, value: Any) -> Any:
+        _bounded(value, 0.0, 1.0, closed=True)
+        return value
+
+    @field_validator("ratio")
+    @classmethod
+    def _ratio(cls, value: Any) -> Any:
+        _bounded(value, 0.0, 1.0, closed=False)
+        return value
+
+    @field_validator("criterion", "cost", "allocation")
+    @classmethod
+    def _known(cls, value: Any, info: Any) -> Any:
+        allowed = {"criterion": CRITERIA, "cost": COSTS, "allocation": ALLOCATIONS}[info.field_name]
+        for word in value.choices if isinstance(value, Choices) else (value,):
+            if word not in allowed:
+                raise ValueError(f"must be one of {', '.join(allowed)}, got {word!r}")
+        return value
+
+
+COSTS = ("layer", "marginal", "macs", "params", "memory")
+
+
+class CalibrationSection(_Section):
+    """How the scores are computed."""
+
+    images: Annotated[int, Field(ge=1)] = 64
+    batch: Annotated[int, Field(ge=1)] = 8
+    loss: Literal["task", "outputs"] = "task"
+
+
+class FinetuneSection(_Section):
+    """How a pruned model is trained back."""
+
+    epochs: Annotated[int, Field(ge=0)] = 3
+    lr: Annotated[float, Field(gt=0)] | None = None
+    batch: Annotated[int, Field(ge=1)] = 16
+    device: Word = "auto"
+    reestimate_images: Annotated[int, Field(ge=0)] = 64
+    options: Mapping[str, Any] = Field(default_factory=dict)
+
+
+class MeasureSection(_Section):
+    """When a latency measurement ends: the ratio's interval is narrow enough, or the time is up."""
+
+    target: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    limit_s: Annotated[float, Field(gt=0)] = 30.0
+
+
+class Limits(_Section):
+    """What a model must satisfy to be worth shipping."""
+
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    params: Annotated[int, Field(gt=0)] | None = None
+
+
+class DeviceSection(_Section):
+    """One device; the fields of `profiles.device.Device`, and limits of its own."""
+
+    name: Word
+    runtime: Word
+    threads: Annotated[int, Field(ge=1)] = 1
+    precision: Word = "fp32"
+    providers: tuple[Word, ...] = ()
+    host: Word | None = None
+    limits: Limits | None = None
+
+    @model_validator(mode="after")
+    def _is_device(self) -> DeviceSection:
+        self.device()  # raises ValueError with the device's own rule
+        if not NAME.match(self.name):
+            raise ValueError(f"name must be letters, digits, '.', '_' and '-' (it names a folder), got {self.name!r}")
+        return self
+
+    def device(self) -> Device:
+        return Device(
+            name=self.name,
+            runtime=self.runtime,
+            threads=self.threads,
+            precision=self.precision,
+            providers=tuple(self.providers),
+            host=self.host,
+        )
+
+
+class ModelSection(_Section):
+    """Any nn.Module: a function that builds it, and its weights."""
+
+    builder: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
+    weights: Word | None = None
+
+
+class StudyFile(_Section):
+    """A checked study file. Paths are absolute."""
+
+    name: Word
+    model: ModelSection | Word
+    data: Word
+    imgsz: Annotated[int, Field(ge=1)] = 640
+    devices: tuple[DeviceSection, ...] = Field(min_length=1)
+    search: SearchSection = SearchSection()
+    calibration: CalibrationSection = CalibrationSection()
+    finetune: FinetuneSection = FinetuneSection()
+    measure: MeasureSection = MeasureSection()
+    trials: Annotated[int, Field(ge=1)] = 40
+    limits: Limits = Limits()
+    seed: int = 0
+    storage: Word | None = None
+    tracking_uri: Word | None = None
+    source: Path = Field(default=Path(), exclude=True)
+    folder: Path = Field(default=Path(), exclude=True)
+
+    @field_validator("name")
+    @classmethod
+    def _folder_name(cls, value: str) -> str:
+        if not NAME.match(value):
+            raise ValueError(f"must be letters, digits, '.', '_' and '-' (it names a folder), got {value!r}")
+        return value
+
+    @field_validator("devices")
+    @classmethod
+    def _unique(cls, devices: tuple[DeviceSection, ...]) -> tuple[DeviceSection, ...]:
+        names = [d.name for d in devices]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"names must be unique, got {', '.join(twice)} more than once")
+        return devices
+
+    def device(self, name: str) -> DeviceSection:
+        """The device of that name.
+
+        Raises:
+            StudyFileError: there is none.
+        """
+        for section in self.devices:
+            if section.name == name:
+                return section
+        have = ", ".join(d.name for d in self.devices)
+        raise StudyFileError(self.source.name, [f"--device must be one of {have}, got {name!r}"])
+
+    def limits_of(self, device: str) -> Limits:
+        """The study's limits, each replaced where the device has its own."""
+        own = self.device(device).limits
+        return self.limits if own is None else self.limits.model_copy(update=own.model_dump(exclude_none=True))
+
+
+def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> StudyFile:
+    """Read and check a study file.
+
+    Args:
+        path: the YAML file.
+        overrides: `key=value` with dotted keys, list items by position or by their name; values in YAML.
+        folder: where outputs go; default `runs/<name>` beside the file.
+
+    Raises:
+        StudyFileError: every fault found, each with its key, the value received and what is allowed.
+    """
+    source = path.name
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StudyFileError(str(path), ["the file does not exist; give the path of a study file (.yaml)"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise StudyFileError(source, [f"the file cannot be read: {error}"]) from error
+    except yaml.YAMLError as error:
+        raise StudyFileError(source, [f"the file is not valid YAML: {' '.join(str(error).split())}"]) from error
+    if not isinstance(raw, dict):
+        raise StudyFileError(source, [f"the file must hold keys and values, got {type(raw).__name__}"])
+    faults: list[str] = []
+    for override in overrides:
+        _override(raw, override, faults)
+    raw = _expand(raw, "", faults)
+    study: StudyFile | None = None
+    try:
+        study = StudyFile.model_validate(raw)
+    except ValidationError as error:
+        faults += _faults(error)
+    root = path.resolve().parent
+    faults += _missing_files(raw, root)
+    if faults or study is None:
+        raise StudyFileError(source, faults)
+    model = study.model
+    resolved: str | ModelSection
+    if isinstance(model, ModelSection):
+        weights = None if model.weights is None else str(_resolve(model.weights, root))
+        resolved = model.model_copy(update={"weights": weights})
+    else:
+        resolved = str(_resolve(model, root))
+    return study.model_copy(
+        update={
+            "model": resolved,
+            "data": str(_resolve(study.data, root)),
+            "source": path.resolve(),
+            "folder": (folder or root / "runs" / study.name).resolve(),
+            "storage": study.storage or os.environ.get("OPTUNA_STORAGE") or None,
+            "tracking_uri": study.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None,
+        }
+    )
+
+
+def _resolve(text: str, root: Path) -> Path:
+    """A path beside the study file; a bare name that is not there is left for the framework to find or download."""
+    path = Path(text).expanduser()
+    if path.is_absolute():
+        return path
+    return (root / path) if (root / path).exists() or path.parent != Path() else path
+
+
+def _missing_files(raw: Mapping[str, Any], root: Path) -> list[str]:
+    faults = []
+    model = raw.get("model")
+    named = {"data": raw.get("data")}
+    named |= {"model.weights": model.get("weights")} if isinstance(model, dict) else {"model": model}
+    for key, value in named.items():
+        if isinstance(value, str) and value and "${" not in value:
+            path = _resolve(value, root)
+            bare = Path(value).parent == Path() and Path(value).suffix in (".pt", ".yaml", ".yml")
+            if not path.exists() and not bare:
+                faults.append(f"{key}: must be an existing file (relative paths start at the study file), got {value!r}")
+    return faults
+
+
+def _expand(value: Any, key: str, faults: list[str]) -> Any:
+    """Replace `${VAR}` in every string."""
+    if isinstance(value, dict):
+        return {k: _expand(v, f"{key}.{k}" if key else str(k), faults) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_expand(v, f"{key}[{i}]", faults) for i, v in enumerate(value)]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            faults.append(f"{key}: the environment variable {name} must be set, got none in {value!r}")
+            return match.group(0)
+        return os.environ[name]
+
+    return _VARIABLE.sub(replace, value)
+
+
+def _override(raw: dict[str, Any], override: str, faults: list[str]) -> None:
+    """Apply one `key=value` to the raw document."""
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        faults.append(f"--set must be key=value, got {override!r}")
+        return
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        faults.append(f"--set {key}: the value must be valid YAML, got {text!r}")
+        return
+    at: Any = raw
+    parts = key.split(".")
+    for i, part in enumerate(parts):
+        last = i == len(parts) - 1
+        if isinstance(at, list):
+            position = next(
+                (n for n, item in enumerate(at) if isinstance(item, dict) and item.get("name") == part), None
+            )
+            if position is None and part.isdigit() and int(part) < len(at):
+                position = int(part)
+            if position is None:
+                faults.append(f"--set {key}: {part!r} must be a position or a name in a list of {len(at)}")
+                return
+            if last:
+                at[position] = value
+            else:
+                at = at[position]
+        elif isinstance(at, dict):
+            if last:
+                at[part] = value
+            else:
+                at = at.setdefault(part, {})
+        else:
+            faults.append(f"--set {key}: {'.'.join(parts[:i])} holds a plain value, so it has no key {part!r}")
+            return
+
+
+def _faults(error: ValidationError) -> list[str]:
+    """One line per key; of a union's several complaints, the one that fits what the user wrote."""
+    lines: dict[str, list[tuple[int, str]]] = {}
+    for item in error.errors(include_url=False):
+        loc = [p for p in item["loc"] if not (isinstance(p, str) and _is_branch(p))]
+        key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
+        kind, value = item["type"], item["input"]
+        if kind == "extra_forbidden":
+            text, weight = f"{key}: unknown key; remove it or correct its spelling", 3
+        elif kind == "missing":
+            text, weight = f"{key}: is required and missing", 3
+        elif kind == "value_error":
+            message = str(item["msg"]).removeprefix("Value error, ")
+            text, weight = f"{key}: {message}", 4
+        elif kind == "too_short":
+            text, weight = f"{key}: needs at least one entry, got none", 3
+        else:
+            message = str(item["msg"])
+            text, weight = f"{key}: {message[:1].lower()}{message[1:]}, got {_short(value)}", 1
+            if kind in ("model_type", "model_attributes_type", "dict_type"):
+                weight = 0
+        lines.setdefault(key, []).append((weight, text))
+    result = []
+    for key, found in lines.items():
+        nested = [k for k in lines if k.startswith((f"{key}.", f"{key}["))]
+        best = max(weight for weight, _ in found)
+        if nested and best <= 1:
+            continue  # the complaint about a part says more than "not this form" about the whole
+        result += list(dict.fromkeys(text for weight, text in found if weight == best))[:1 if best <= 1 else None]
+    return result
+
+
+def _is_branch(part: str) -> bool:
+    """Pydantic puts the name of a union's branch into the location; the user never wrote it."""
+    return part in {
+        "Range", "ModelSection", "float", "int", "str", "literal['auto']", "constrained-str", "constrained-int",
+    } or part.startswith(("Choices[", "function-", "literal["))  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

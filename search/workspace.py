@@ -1,0 +1,80 @@
+"""Where a study keeps its files. Knows the layout of the output folder and nothing of what is in the files.
+
+    runs/<name>/
+        cache/                     scores and profiles, computed once
+        devices/<device>/baseline/ the unpruned model's artifact, the one every candidate is measured against
+        devices/<device>/trial-0007/  plan.json, result.json, model.safetensors, the exported model
+        optuna.db  mlflow.db  artifacts/   the default stores
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .result import TrialResult
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """The output folder of one study."""
+
+    folder: Path
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+    @property
+    def artifacts(self) -> Path:
+        return self.folder / "artifacts"
+
+    @property
+    def default_storage(self) -> str:
+        return f"sqlite:///{self.folder / 'optuna.db'}"
+
+    @property
+    def default_tracking_uri(self) -> str:
+        return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    def device(self, device: str) -> Path:
+        return self.folder / "devices" / device
+
+    def trial(self, device: str, number: int) -> Path:
+        return self.device(device) / f"trial-{number:04d}"
+
+    def relative(self, path: Path) -> str:
+        """A path below the folder, as it is recorded: no record holds where the folder itself lies."""
+        return path.relative_to(self.folder).as_posix()
+
+    def results(self, device: str) -> Iterator[tuple[TrialResult, Path]]:
+        """What trials of one device left here, by number; an unreadable file is no result."""
+        for path in sorted(self.device(device).glob("trial-*/result.json")):
+            result = read_result(path)
+            if result is not None:
+                yield result, path.parent
+
+
+def write_json(path: Path, data: Any) -> Path:
+    """Write a JSON file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+    return path
+
+
+def read_result(path: Path) -> TrialResult | None:
+    """The result in a file; None where there is none or it cannot be read."""
+    try:
+        return TrialResult.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
