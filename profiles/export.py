@@ -1,0 +1,182 @@
+"""The exporters: one function per runtime that writes a module's file and says where each layer went.
+
+Layers are found again through their weights: every exporter keeps a weight's name or at least its values, while operator names
+are rewritten at will. Knows PyTorch and the file formats; knows nothing of devices or timing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .artifact import LayerSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Writes the file; returns its path and, by layer, the names under which the runtime may show it.
+Exporter = Callable[
+    ["nn.Module", Path, tuple[int, ...], tuple[LayerSpec, ...], Mapping[str, str]],
+    tuple[Path, dict[str, tuple[str, ...]]],
+]
+ONNX_OPSET = 17
+#: Activations that ONNX Runtime folds into the convolution before them.
+_FOLDED = {"Relu", "Sigmoid", "Tanh", "LeakyRelu", "Clip", "HardSigmoid"}
+_WEIGHTED = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+
+
+def trace_layers(module: nn.Module, input_shape: tuple[int, ...]) -> tuple[LayerSpec, ...]:
+    """Convolutions and linear layers that one inference calls, in order of first call."""
+    import torch
+    from torch import nn
+
+    found: dict[str, LayerSpec] = {}
+
+    def note(name: str, layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if name in found:
+            return
+        if isinstance(layer, nn.Linear):
+            found[name] = LayerSpec(name, "linear", layer.in_features, layer.out_features, (), (), 1, (), ())
+        elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d):
+            found[name] = LayerSpec(
+                layer=name,
+                op="conv_transpose" if isinstance(layer, nn.ConvTranspose2d) else "conv",
+                in_channels=layer.in_channels,
+                out_channels=layer.out_channels,
+                kernel=tuple(layer.kernel_size),
+                stride=tuple(layer.stride),
+                groups=layer.groups,
+                input_hw=tuple(inputs[0].shape[2:]),
+                output_hw=tuple(output.shape[2:]),
+            )
+
+    hooks = [
+        layer.register_forward_hook(lambda m, i, o, name=name: note(name, m, i, o))
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear)
+    ]
+    try:
+        with torch.inference_mode():
+            module(torch.zeros(input_shape))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return tuple(found.values())
+
+
+def export_torch(
+    module: nn.Module,
+    folder: Path,
+    input_shape: tuple[int, ...],
+    layers: tuple[LayerSpec, ...],
+    metadata: Mapping[str, str],
+) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """`model.pt2` by `torch.export`; metadata as the extra file `metadata.json`. Its weights keep their layer's name."""
+    import torch
+    import torch.export
+
+    path = folder / "model.pt2"
+    with torch.no_grad():
+        program = torch.export.export(module, (torch.zeros(input_shape),), strict=False)
+    with warnings.catch_warnings():
+        # Said of any program without the collective tensors it looks for; the file is complete.
+        warnings.filterwarnings(
+            "ignore", message="No complete tensor found in the group", category=UserWarning
+        )
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(dict(metadata))})
+    return path, {}
+
+
+def export_onnx(
+    module: nn.Module,
+    folder: Path,
+    input_shape: tuple[int, ...],
+    layers: tuple[LayerSpec, ...],
+    metadata: Mapping[str, str],
+) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """`model.onnx`, opset 17, simplified; metadata as `metadata_props`. Each layer's node is renamed to the layer.
+
+    Raises:
+        ValueError: a layer's weight is not in the file, as happens when batch norm was not fused.
+    """
+    import onnx
+    import onnxslim
+    import torch
+    from torch.jit._trace import TracerWarning
+
+    path = folder / "model.onnx"
+    with warnings.catch_warnings():
+        # The exporter that keeps weight names and needs no further package says that it is the old one.
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", category=TracerWarning)  # Shapes are fixed on purpose.
+        torch.onnx.export(
+            module,
+            (torch.zeros(input_shape),),
+            str(path),
+            dynamo=False,
+            opset_version=ONNX_OPSET,
+            input_names=["images"],
+            output_names=["output0"],
+        )
+    model = onnxslim.slim(onnx.load(path))
+    names = _name_onnx_layers(model, module, layers)
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, dict(metadata))
+    onnx.save(model, path)
+    return path, names
+
+
+def _name_onnx_layers(
+    model: Any, module: nn.Module, layers: tuple[LayerSpec, ...]
+) -> dict[str, tuple[str, ...]]:
+    """Rename each layer's node to the layer, in place; returns the other names a runtime may use for it."""
+    from onnx import numpy_helper
+
+    # Exporters merge weights of equal values and may transpose a linear layer's: match by name, then by values, in
+    # order of execution.
+    waiting: dict[str, list[str]] = {}
+    for layer in layers:
+        weight = module.get_parameter(f"{layer.layer}.weight").detach().numpy()
+        waiting.setdefault(_content(weight), []).append(layer.layer)
+    initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+    consumers: dict[str, list[Any]] = {}
+    for node in model.graph.node:
+        for tensor in node.input:
+            consumers.setdefault(tensor, []).append(node)
+    names: dict[str, tuple[str, ...]] = {}
+    for node in model.graph.node:
+        if node.op_type not in _WEIGHTED:
+            continue
+        for tensor in (t for t in node.input[:2] if t in initializers):
+            values = numpy_helper.to_array(initializers[tensor])
+            keys = [_content(values)] + ([_content(values.T)] if values.ndim == 2 else [])
+            key = next((k for k in keys if waiting.get(k)), None)
+            if key is None:
+                continue
+            named = tensor.removesuffix(".weight")
+            found = named if named in waiting[key] else waiting[key][0]
+            waiting[key].remove(found)
+            follow = [c.output[0] for c in consumers.get(node.output[0], []) if c.op_type in _FOLDED]
+            names[found] = (node.output[0], *follow)
+            node.name = found
+            break
+    lost = [layer.layer for layer in layers if layer.layer not in names]
+    if lost:
+        raise ValueError(
+            f"{len(lost)} of {len(layers)} layers have no weight of theirs in the ONNX file, the first is {lost[0]}; "
+            "fuse batch norm into the convolutions before exporting"
+        )
+    return names
+
+
+def _content(values: np.ndarray[Any, Any]) -> str:
+    return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+EXPORTERS: dict[str, Exporter] = {"torch": export_torch, "onnxruntime": export_onnx}

@@ -1,0 +1,243 @@
+"""Measurements on a device: one model, two models in turns, and one model layer by layer.
+
+Decides how often to ask and what the samples mean; the clock is read by the device's runner. Every measurement of this machine
+is taken under the host's lock. Knows nothing of pruning.
+
+How a comparison is decided: each round starts a fresh process per model and samples them in alternating blocks (A B B A ...);
+its value is the trimmed mean of the log ratios of neighbouring blocks' medians. Processes differ among themselves by more than
+blocks do (memory layout, placement), so rounds, not samples, are the independent observations: the interval is Student's t over
+the rounds' log ratios.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact
+from .connection import Connection, DeviceError, connect
+from .device import Device
+from .latency_profile import OTHER, LayerProfile
+from .lock import host_lock
+from .timing import Comparison, Timing
+
+#: Receives one short line of text per step.
+Progress = Callable[[str], None]
+
+MIN_ROUNDS = 4
+#: The interval is looked at after every round, which costs coverage: a 98% quantile keeps the result above 95%.
+CONFIDENCE = 0.98
+#: Half-width below which no interval is believed: what a handful of processes can show of their own spread.
+FLOOR = 0.005
+WARMUP = 10
+ROUND_TIMEOUT_S = 300.0
+
+
+def compare(
+    device: Device,
+    candidate: Artifact,
+    baseline: Artifact,
+    *,
+    target: float = 0.01,
+    limit_s: float = 30.0,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Measure two artifacts in turns until their ratio is known.
+
+    Args:
+        target: wanted half-width of the ratio's 95% interval, as a share of the ratio.
+        limit_s: no further round begins when it would end after this, once there are four.
+        progress: called after each round.
+
+    Raises:
+        ValueError: an artifact is not for this device.
+        DeviceLostError: the device is gone or silent.
+        DeviceError: a measured process failed.
+    """
+    specs = [_spec(device, artifact) for artifact in (candidate, baseline)]
+    samples: tuple[list[float], list[float]] = ([], [])
+    logs: list[float] = []
+    warmup = 0
+    with _measuring(device) as connection:
+        for spec, artifact in zip(specs, (candidate, baseline), strict=True):
+            spec["path"] = connection.send_file(artifact.path, artifact.digest)
+        start = time.monotonic()
+        longest_s = 0.0
+        while True:
+            began = time.monotonic()
+            done = _round(connection, specs, first=len(logs) % 2)
+            longest_s = max(longest_s, time.monotonic() - began)
+            warmup = done["warmup"]
+            for index, values in done["blocks"]:
+                samples[index].extend(values)
+            logs.append(_round_log_ratio(done["blocks"]))
+            half = _half_width(logs)
+            if progress:
+                width = f" ± {half:.1%}" if math.isfinite(half) else ""
+                progress(f"round {len(logs)}: ratio {math.exp(float(np.mean(logs))):.4f}{width}")
+            elapsed_s = time.monotonic() - start
+            if len(logs) >= MIN_ROUNDS and (half <= target or elapsed_s + longest_s > limit_s):
+                break
+    centre = float(np.mean(logs))
+    stable = half <= target
+    reason = None
+    if not stable:
+        load = connection.ask({"do": "facts", **device.to_json()}, timeout_s=60)["state"]["load_1m"]
+        busy = f", load average {load:.1f}" if load is not None else ""
+        reason = (
+            f"the ratio is known within ±{half:.1%} after {len(logs)} rounds in {elapsed_s:.0f} s (wanted "
+            f"±{target:.1%}){busy}; quieten the machine or allow more time"
+        )
+    return Comparison(
+        candidate=Timing(tuple(samples[0]), warmup),
+        baseline=Timing(tuple(samples[1]), warmup),
+        ratio=math.exp(centre),
+        ratio_ci=(math.exp(centre - half), math.exp(centre + half)),
+        rounds=len(logs),
+        is_stable=stable,
+        reason=reason,
+    )
+
+
+def measure(
+    device: Device, artifact: Artifact, *, rounds: int = 3, progress: Progress | None = None
+) -> Timing:
+    """Latency of one artifact, over `rounds` fresh processes of about a second each.
+
+    Raises: as `compare`.
+    """
+    spec = _spec(device, artifact)
+    samples: list[float] = []
+    warmup = 0
+    with _measuring(device) as connection:
+        spec["path"] = connection.send_file(artifact.path, artifact.digest)
+        for number in range(rounds):
+            done = _round(connection, [spec], first=0)
+            warmup = done["warmup"]
+            for _, values in done["blocks"]:
+                samples.extend(values)
+            if progress:
+                progress(f"round {number + 1} of {rounds}: {float(np.median(samples)):.3f} ms")
+    return Timing(tuple(samples), warmup)
+
+
+def profile_layers(
+    device: Device, artifact: Artifact, *, repeats: int = 50, warmup: int = 5
+) -> tuple[LayerProfile, ...]:
+    """Latency of every layer in the device's own runtime, and of everything else.
+
+    A profiler slows what it watches, small operators most, so its times are used as shares: of each profiled inference the
+    share of each operator, times the latency of the model measured without profiler. The mean latencies of all entries therefore
+    add up to that latency.
+
+    Args:
+        repeats: profiled inferences, K in the paper; at least 1.
+        warmup: inferences before them.
+
+    Returns:
+        One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other" and
+        `layer` "other/<kind>".
+
+    Raises:
+        DeviceError: a layer does not show in the runtime's profile; else as `compare`.
+    """
+    if repeats < 1 or warmup < 0:
+        raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
+    model_ms = measure(device, artifact, rounds=3).p50_ms
+    spec = _spec(device, artifact)
+    with _measuring(device) as connection:
+        spec["path"] = connection.send_file(artifact.path, artifact.digest)
+        request = {"do": "profile", "spec": spec, "repeats": repeats, "warmup": warmup}
+        nodes = connection.ask({**request, "timeout_s": ROUND_TIMEOUT_S}, timeout_s=ROUND_TIMEOUT_S + 60)[
+            "nodes"
+        ]
+    layer_of = {name: spec.layer for spec in artifact.layers for name in (spec.layer, *spec.names)}
+    times: dict[str, Any] = {spec.layer: 0.0 for spec in artifact.layers}
+    others: dict[str, Any] = {}
+    seen: set[str] = set()
+    for node in nodes:
+        values = np.asarray(node["samples_ms"])
+        layer = layer_of.get(node["name"])
+        if layer is None:
+            key = f"other/{node['op']}"
+            others[key] = others.get(key, 0.0) + values
+        else:
+            seen.add(layer)
+            times[layer] = times[layer] + values
+    lost = [name for name in times if name not in seen]
+    if lost:
+        raise DeviceError(
+            f"device {device.name}: {len(lost)} of {len(times)} layers do not show in the profile of {device.runtime}, "
+            f"the first is {lost[0]}; the operators seen are {', '.join(node['name'] for node in nodes[:5])}, ..."
+        )
+    total = sum([*times.values(), *others.values()])
+    scale = model_ms / total
+
+    def timing(values: Any) -> Timing:
+        return Timing(tuple(values * scale), warmup)
+
+    layers = [LayerProfile.of(spec, timing(times[spec.layer])) for spec in artifact.layers]
+    return (*layers, *(LayerProfile(key, OTHER, 0, 0, (), (), 1, (), timing(v)) for key, v in others.items()))
+
+
+@contextlib.contextmanager
+def _measuring(device: Device) -> Iterator[Connection]:
+    # Importing the runtime needs no lock and would keep others waiting.
+    connection = connect(device)
+    with host_lock("measure") if device.is_local else contextlib.nullcontext():
+        yield connection
+
+
+def _spec(device: Device, artifact: Artifact) -> dict[str, Any]:
+    if (artifact.runtime, artifact.precision) != (device.runtime, device.precision):
+        raise ValueError(
+            f"device {device.name} runs {device.runtime} in {device.precision}, the artifact {artifact.path.name} is for "
+            f"{artifact.runtime} in {artifact.precision}; export it for this device"
+        )
+    return {
+        "runtime": device.runtime,
+        "precision": device.precision,
+        "threads": device.threads,
+        "providers": list(device.providers),
+        "input_shape": list(artifact.input_shape),
+        "warmup": WARMUP,
+    }
+
+
+def _round(connection: Connection, specs: list[dict[str, Any]], *, first: int) -> dict[str, Any]:
+    request = {
+        "do": "round",
+        "specs": specs,
+        "first": first,
+        "pairs": 10,
+        "block_s": 0.05,
+        "round_s": 1.2,
+        "timeout_s": ROUND_TIMEOUT_S,
+    }
+    return connection.ask(request, timeout_s=ROUND_TIMEOUT_S + 60)
+
+
+def _round_log_ratio(blocks: Sequence[tuple[int, Sequence[float]]]) -> float:
+    """Log of candidate over baseline from one round's blocks, which come in pairs."""
+    logs = []
+    for pair in range(0, len(blocks), 2):
+        medians = {index: float(np.median(values)) for index, values in blocks[pair : pair + 2]}
+        logs.append(math.log(medians[0] / medians[1]))
+    logs.sort()
+    cut = len(logs) // 4
+    return float(np.mean(logs[cut : len(logs) - cut]))
+
+
+def _half_width(logs: Sequence[float]) -> float:
+    """Half the interval of the mean log ratio; infinite for a single round."""
+    from scipy import stats
+
+    if len(logs) < 2:
+        return math.inf
+    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1))
+    return max(FLOOR, quantile * float(np.std(logs, ddof=1)) / math.sqrt(len(logs)))

@@ -1,0 +1,117 @@
+"""The machine a runner is on: what it is, what disturbs it, and which CPUs to use."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from .sessions import import_runtime
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text().strip("\0\n ")
+    except OSError:
+        return ""
+
+
+def _first_line(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip().splitlines()[0].strip() if done.returncode == 0 and done.stdout.strip() else ""
+
+
+def allowed_cpus() -> list[int]:
+    """CPUs this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def choose_cpus(threads: int) -> list[int]:
+    """CPUs to pin to: the fastest kind, one per physical core first, high numbers first (interrupts land on CPU 0)."""
+    allowed = allowed_cpus()
+    if threads >= len(allowed):
+        return allowed
+    base = "/sys/devices/system/cpu/cpu"
+    seen: set[str] = set()
+    ranked = []
+    for cpu in reversed(allowed):
+        core = _read(f"{base}{cpu}/topology/thread_siblings_list") or str(cpu)
+        speed = int(_read(f"{base}{cpu}/cpu_capacity") or _read(f"{base}{cpu}/cpufreq/cpuinfo_max_freq") or 0)
+        ranked.append((-speed, core in seen, cpu))
+        seen.add(core)
+    return sorted(cpu for _, _, cpu in sorted(ranked, key=lambda entry: entry[:2])[:threads])
+
+
+def _cpu_facts() -> dict[str, Any]:
+    first: dict[str, str] = {}
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, _, value = line.partition(":")
+        first.setdefault(key.strip(), value.strip())
+    flags = set((first.get("flags") or first.get("Features") or "").split())
+    isa = [
+        f
+        for f in (
+            "avx",
+            "avx2",
+            "avx512f",
+            "avx512_vnni",
+            "avx512_bf16",
+            "amx_tile",
+            "asimddp",
+            "sve",
+            "bf16",
+        )
+        if f in flags
+    ]
+    name = first.get("model name") or _read("/proc/device-tree/model") or first.get("Model") or ""
+    name = (
+        name
+        or _first_line(["sysctl", "-n", "machdep.cpu.brand_string"])
+        or platform.processor()
+        or "unknown CPU"
+    )
+    parts = [first[k] for k in ("cpu family", "model", "stepping", "CPU part") if k in first]
+    return {"cpu": name, "cpu_model": "/".join(parts), "isa": isa}
+
+
+def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
+    """What numbers depend on (`stable`) and what disturbs them just now (`state`)."""
+    threads = spec["threads"]
+    version = import_runtime(spec["runtime"])
+    governors = {
+        _read(f"/sys/devices/system/cpu/cpu{c}/cpufreq/scaling_governor") for c in choose_cpus(threads)
+    } - {""}
+    providers = list(spec.get("providers") or [])
+    gpu = ""
+    if any("cuda" in p.lower() or "tensorrt" in p.lower() for p in providers):
+        gpu = _first_line(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+    stable = {
+        "system": platform.system(),
+        "machine": platform.machine(),
+        **_cpu_facts(),
+        "cpus": len(allowed_cpus()),
+        "gpu": gpu,
+        "runtime": spec["runtime"],
+        "runtime_version": version,
+        "threads": threads,
+        "precision": spec["precision"],
+        "providers": providers,
+        "governor": "+".join(sorted(governors)),
+    }
+    temperatures = [_read(str(p)) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
+    mhz = [_read(f"/sys/devices/system/cpu/cpu{c}/cpufreq/scaling_cur_freq") for c in choose_cpus(threads)]
+    state = {
+        "load_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "temperature_c": max((int(t) / 1000 for t in temperatures if t.lstrip("-").isdigit()), default=None),
+        "clock_mhz": min((int(m) / 1000 for m in mhz if m.isdigit()), default=None),
+        "pinned_cpus": choose_cpus(threads) if hasattr(os, "sched_setaffinity") else None,
+        "python": platform.python_version(),
+    }
+    return {"stable": stable, "state": state}

@@ -1,0 +1,99 @@
+"""What a runner can be asked, and how it answers.
+
+Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or two models in turns), `profile` (per operator).
+Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash", "error"}`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from .child import Child, ChildCrashError
+from .machine import machine_facts
+from .sessions import MissingRuntimeError, import_runtime
+
+
+def do_hello(request: dict[str, Any]) -> dict[str, Any]:
+    """Set the thread counts that runtimes read when they are imported, then import."""
+    threads = str(request["threads"])
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = threads
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own pool is not what gets measured.
+    return {"version": import_runtime(request["runtime"]), "pid": os.getpid()}
+
+
+def do_facts(request: dict[str, Any]) -> dict[str, Any]:
+    return machine_facts(request)
+
+
+def do_round(request: dict[str, Any]) -> dict[str, Any]:
+    """One fresh process per model, warmed up, then blocks in turns A B B A ...; the one not running is stopped.
+
+    Request: `specs` (one or two), `first` (which of them starts), `pairs`, `block_s`, `round_s`, `timeout_s`.
+    Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, and `warmup`, runs before them.
+    """
+    specs, timeout_s = request["specs"], request["timeout_s"]
+    order = [(request["first"] + i) % len(specs) for i in range(len(specs))]
+    children: dict[int, Child] = {}
+    blocks: list[tuple[int, list[float]]] = []
+    try:
+        loaded: dict[int, dict[str, Any]] = {}
+        for index in order:
+            children[index] = Child([fd for other in children.values() for fd in other.fds])
+            loaded[index] = children[index].ask({"do": "load", "spec": specs[index]}, timeout_s)
+            children[index].pause()
+        pairs, runs = _round_plan([entry["typical_ms"] for entry in loaded.values()], request)
+        for pair in range(pairs):
+            for index in order if pair % 2 == 0 else order[::-1]:
+                children[index].resume()
+                typical_ms = loaded[index]["typical_ms"]
+                block = {
+                    "do": "block",
+                    "runs": runs[order.index(index)],
+                    "settle": 1 if typical_ms > 50 else 2,
+                }
+                blocks.append((index, children[index].ask(block, timeout_s)))
+                children[index].pause()
+        return {"blocks": blocks, "warmup": min(entry["warmup"] for entry in loaded.values())}
+    finally:
+        for child in children.values():
+            child.close()
+
+
+def _round_plan(typical_ms: list[float], request: dict[str, Any]) -> tuple[int, list[int]]:
+    runs = [max(3, min(50, round(request["block_s"] * 1e3 / max(ms, 1e-3)))) for ms in typical_ms]
+    turn_s = sum(n * ms for n, ms in zip(runs, typical_ms, strict=True)) / 1e3
+    pairs = max(2, min(request["pairs"], int(request["round_s"] / max(turn_s, 1e-6))))
+    return pairs - pairs % 2, runs  # An even count, so that each one starts as many turns as the other.
+
+
+def do_profile(request: dict[str, Any]) -> dict[str, Any]:
+    """Operators of one model, timed by its runtime in a process of its own."""
+    child = Child([])
+    try:
+        child.ask({"do": "load", "spec": request["spec"]}, request["timeout_s"])
+        ask = {"do": "profile", "repeats": request["repeats"], "warmup": request["warmup"]}
+        return {"nodes": child.ask(ask, request["timeout_s"])}
+    finally:
+        child.close()
+
+
+REQUESTS = {"hello": do_hello, "facts": do_facts, "round": do_round, "profile": do_profile}
+
+
+def answer(request: dict[str, Any]) -> dict[str, Any]:
+    """Carry out one request; a failure of any kind becomes an answer."""
+    try:
+        return {"id": request.get("id"), "ok": True, "result": REQUESTS[request["do"]](request)}
+    except MissingRuntimeError as error:
+        return {"id": request.get("id"), "ok": False, "kind": "missing", "error": str(error)}
+    except ChildCrashError as error:
+        return {"id": request.get("id"), "ok": False, "kind": "crash", "error": str(error)}
+    except Exception as error:
+        return {
+            "id": request.get("id"),
+            "ok": False,
+            "kind": "failed",
+            "error": f"{type(error).__name__}: {error}",
+        }
