@@ -1,9 +1,9 @@
 """Tracking: what a study found, in MLflow. The only module that knows MLflow's runs, tags and metrics.
 
 An experiment per study, a parent run per device, a child run per trial. Works through `MlflowClient` alone:
-no global active run, no autologging, no telemetry. Every record goes through the outbox on disk, so a store that
-does not answer costs nothing but the wait. Knows nothing of how a trial is run, of Optuna, or of what the
-figures show.
+no global active run, no autologging, no telemetry. Every record goes through the outbox on disk, so a store
+that does not answer costs nothing but the wait. Knows nothing of how a trial is run, of Optuna, or of what
+the figures show.
 """
 
 from __future__ import annotations
