@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from profiles.artifact import Artifact, export_artifact, open_artifact
+from profiles.device import Device
+from torch import nn
+
+Export = Callable[[Device, int], Artifact]
+Net = Callable[[int], nn.Module]
+
+
+def test_artifact_gives_the_outputs_of_the_module_for_any_batch(
+    device: Device, export: Export, small_net: Net
+) -> None:
+    images = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        wanted = small_net(16)(images)
+    before = torch.get_num_threads()
+    got = open_artifact(export(device, 16), threads=2)(images.numpy())
+    assert torch.get_num_threads() == before
+    assert [g.shape for g in got] == [tuple(w.shape) for w in wanted]
+    for one, other in zip(got, wanted, strict=True):
+        np.testing.assert_allclose(one, other.numpy(), atol=1e-5)
+    with pytest.raises(ValueError, match=r"got shape \(1, 3, 32, 64\)"):
+        open_artifact(export(device, 16), threads=1)(np.zeros((1, 3, 32, 64), np.float32))
+
+
+def test_layers_say_what_the_module_has(device: Device, export: Export) -> None:
+    layers = {layer.layer: layer for layer in export(device, 16).layers}
+    assert list(layers) == ["stem", "mix", "depthwise", "narrow", "skip", "up", "head", "tokens"]
+    assert (layers["stem"].in_channels, layers["stem"].out_channels, layers["stem"].stride) == (3, 16, (2, 2))
+    assert (layers["stem"].input_hw, layers["stem"].output_hw) == ((64, 64), (32, 32))
+    assert (layers["depthwise"].groups, layers["up"].op, layers["head"].op) == (
+        16,
+        "conv_transpose",
+        "linear",
+    )
+
+
+def test_file_carries_metadata(device: Device, export: Export) -> None:
+    path = export(device, 16).path
+    if device.runtime == "onnxruntime":
+        assert {p.key: p.value for p in onnx.load(path).metadata_props} == {"names": "a, b"}
+    else:
+        with zipfile.ZipFile(path) as archive:
+            name = next(n for n in archive.namelist() if n.endswith("metadata.json"))
+            assert json.loads(archive.read(name)) == {"names": "a, b"}
+
+
+def test_record_round_trip_and_changed_file(device: Device, export: Export, tmp_path: Path) -> None:
+    artifact = export(device, 16)
+    data = json.loads(json.dumps(artifact.to_json()))
+    assert Artifact.from_json(data, artifact.path.parent) == artifact
+    (tmp_path / artifact.path.name).write_bytes(artifact.path.read_bytes() + b"x")
+    with pytest.raises(ValueError, match="sha256"):
+        Artifact.from_json(data, tmp_path)
+
+
+def test_layers_of_equal_weights_are_told_apart(tmp_path: Path) -> None:
+    """Exporters merge equal weights into one; each layer must still be found."""
+    net = nn.Sequential(
+        nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1), nn.ReLU(), nn.Conv2d(3, 3, 1)
+    ).eval()
+    for parameter in net.parameters():
+        nn.init.constant_(parameter, 0.5)
+    artifact = export_artifact(net, Device("d", "onnxruntime"), tmp_path, (1, 3, 16, 16))
+    assert [layer.layer for layer in artifact.layers] == ["0", "2", "4"]
+    outputs = [layer.names[0] for layer in artifact.layers]
+    assert len(set(outputs)) == 3
+    assert outputs[-1] == "output0"
+
+
+def test_refusals(tmp_path: Path, small_net: Net) -> None:
+    with pytest.raises(ValueError, match="eval mode"):
+        export_artifact(small_net(4).train(), Device("d", "torch"), tmp_path, (1, 3, 64, 64))
+    unfused = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
+    nn.init.constant_(unfused[1].weight, 2.0)
+    with pytest.raises(ValueError, match="fuse batch norm"):
+        export_artifact(unfused, Device("d", "onnxruntime"), tmp_path, (1, 3, 64, 64))
