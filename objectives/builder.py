@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import pickle
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -103,11 +102,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
             state: Any = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{rule}, got {path}, which holds more than tensors; save model.state_dict() instead of the model"
-        ) from error
     except Exception as error:  # zip, pickle and safetensors each raise their own
+        if type(error).__name__ == "UnpicklingError":
+            raise ValueError(
+                f"{rule}, got {path}, which holds more than tensors; "
+                "save model.state_dict() instead of the model"
+            ) from error
         raise ValueError(f"{rule}, got {path}, which cannot be read: {_first_line(error)}") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
