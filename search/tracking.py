@@ -42,15 +42,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 # What MLflow gets of a trial's folder; result.json is rewritten on the way, without paths and secrets.
-TRIAL_FILES = (
-    "plan.json",
-    "model.safetensors",
-    "model.onnx",
-    "model.pt2",
-    "model.pt",
-    "model.xml",
-    "model.bin",
-)
+TRIAL_FILES = ("plan.json", "artifact.json", "model.*")
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 _SCHEMES = "a database (sqlite:///..., postgresql://..., mysql://...) or a server (http://..., https://...)"
 _DIGEST = "paretoprune.result_digest"
@@ -176,7 +168,7 @@ class Tracker:
         """A trial's child run, `trial-0007`. Logging one result twice leaves one run.
 
         Args:
-            folder: the trial's folder; of its files those in TRIAL_FILES are kept with the run.
+            folder: the trial's folder; what TRIAL_FILES names of it is kept with the run.
 
         Returns:
             The run's id, or None while the store does not answer.
@@ -432,9 +424,8 @@ class Tracker:
         metrics = [(name, value, 0) for name, value in trial_metrics(result).items()]
         self._log(run_id, params=params, tags=tags, metrics=[*metrics, *epochs], at_ms=end_ms)
         client.log_text(run_id, json.dumps(result, indent=1) + "\n", "result.json")
-        for name in TRIAL_FILES:
-            if (folder / name).is_file():
-                client.log_artifact(run_id, str(folder / name))
+        for path in sorted(path for pattern in TRIAL_FILES for path in folder.glob(pattern)):
+            client.log_artifact(run_id, str(path))  # a runtime's model may be a folder; this takes both
         client.set_terminated(run_id, STATUS[result["state"]], end_ms)
         # Last: a run that carries the digest is complete.
         client.set_tag(run_id, _DIGEST, digest)

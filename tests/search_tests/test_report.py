@@ -1,0 +1,312 @@
+"""Figures and the report: what is drawn is what was measured, and the page stands on its own."""
+
+from __future__ import annotations
+
+import html
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from search.figures import (
+    beta_ratio_figure,
+    front_figure,
+    hypervolume_figure,
+    importance_figure,
+    predicted_measured_figure,
+    profile_figure,
+    pruned_share_figure,
+)
+from search.front import ParetoFront
+from search.plan import LayerCut, PruningPlan
+from search.report import layer_widths, write_report
+from search.result import TrialParams, TrialResult
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+HOSTILE = "</script><script>alert(1)</script>"
+
+
+def make_results(device: str, base_ms: float) -> list[TrialResult]:
+    def result(trial: int, accuracy: float, share: float) -> TrialResult:
+        speedup = 1 / share
+        return TrialResult(
+            trial,
+            device,
+            f"cpu of {device}",
+            TrialParams(beta=min(1.0, 0.1 * trial), ratio=0.1 * trial),
+            "complete",
+            accuracy=accuracy,
+            latency_ms=base_ms * share,
+            latency_p90_ms=base_ms * share * 1.1,
+            speedup=speedup,
+            speedup_ci=(speedup * 0.9, speedup * 1.25),
+            predicted_latency_ms=base_ms * share * 0.9,
+            params=1000 - trial,
+            macs=2000,
+            epochs=(0.1, accuracy),
+        )
+
+    asked = TrialParams(beta=0.7, ratio=0.5)
+    return [
+        result(0, 0.60, 1.0),
+        result(1, 0.58, 0.8),
+        result(2, 0.50, 0.9),
+        result(3, 0.55, 0.6),
+        TrialResult(4, device, f"cpu of {device}", asked, "stopped", f"too slow {HOSTILE}"),
+        result(5, 0.40, 0.5),
+    ]
+
+
+@pytest.fixture
+def results() -> dict[str, list[TrialResult]]:
+    return {"laptop": make_results("laptop", 10.0), "pi <5>": make_results("pi <5>", 80.0)}
+
+
+@pytest.fixture
+def fronts(results: Mapping[str, list[TrialResult]]) -> list[ParetoFront]:
+    return [ParetoFront.of(trials) for trials in results.values()]
+
+
+@pytest.fixture
+def page(tmp_path: Path, results: dict[str, list[TrialResult]], fronts: list[ParetoFront]) -> Path:
+    widths = {
+        "laptop": {3: {"model.0.conv": (16, 8), "model.1.conv": (32, 32)}, 1: {"model.0.conv": (16, 12)}}
+    }
+    layers = [
+        {
+            "layer": f"model.{n}.conv",
+            "latency_ms": 0.1 * n,
+            "channels": 16,
+            "delta_ms": 0.01,
+            "delta_norm": 0.5,
+        }
+        for n in range(1, 5)
+    ]
+    return write_report(
+        tmp_path / "out" / "report.html",
+        f"bccd {HOSTILE}",
+        fronts,
+        {**results, "not measured yet": []},
+        profiles={"laptop": {"fingerprint": "x", "model_ms": 10.0, "layers": layers}},
+        widths=widths,
+        limits={"laptop": {"latency_ms": 7.0, "accuracy": 0.5}},
+        references={"laptop": [{"label": "yolov8n at 256 px", "accuracy": 0.52, "latency_ms": 7.5}]},
+        importances={"laptop": {"accuracy": {"beta": 0.3, "ratio": 0.7}}},
+        run_ids={"laptop": {3: "run-of-three"}},
+        study_file="examples/my study.yaml",
+    )
+
+
+def embedded(page: Path, name: str) -> Any:
+    found = re.search(rf'<script type="application/json" id="{name}">(.*?)</script>', page.read_text(), re.S)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def traces(figure: Any, role: str) -> list[Any]:
+    return [trace for trace in figure.data if trace.meta and trace.meta["role"] == role]
+
+
+def test_the_points_drawn_are_the_fronts(
+    results: dict[str, list[TrialResult]], fronts: list[ParetoFront]
+) -> None:
+    figure = front_figure(fronts, results)
+    for front, trace in zip(fronts, traces(figure, "front"), strict=True):
+        assert trace.meta["device"] == front.device
+        assert list(trace.x) == [p.latency_ms for p in front.points]
+        assert list(trace.y) == [p.accuracy for p in front.points]
+        assert [c[0] for c in trace.customdata] == [p.trial for p in front.points] == [5, 3, 1, 0]
+    assert [[c[0] for c in t.customdata] for t in traces(figure, "dominated")] == [[2], [2]]
+    assert [(t.x[0], t.y[0], t.marker.symbol) for t in traces(figure, "baseline")] == [
+        (10.0, 0.60, "star"),
+        (80.0, 0.60, "star"),
+    ]
+
+
+def test_error_bars_are_the_speedups_interval(fronts: list[ParetoFront]) -> None:
+    trace = traces(front_figure(fronts[:1]), "front")[0]
+    for n, point in enumerate(fronts[0].points):
+        assert point.speedup_ci is not None
+        low, high = point.speedup_ci
+        assert trace.x[n] + trace.error_x.array[n] == pytest.approx(10.0 / low)
+        assert trace.x[n] - trace.error_x.arrayminus[n] == pytest.approx(10.0 / high)
+
+
+def test_relative_fronts_share_the_unpruned_model_at_100(fronts: list[ParetoFront]) -> None:
+    figure = front_figure(fronts, relative=True)
+    assert [t.x[0] for t in traces(figure, "baseline")] == [100.0, 100.0]
+    first, second = traces(figure, "front")
+    assert list(first.x) == pytest.approx(list(second.x))
+
+
+def test_the_hypervolume_grows_to_the_fronts(
+    results: dict[str, list[TrialResult]], fronts: list[ParetoFront]
+) -> None:
+    figure = hypervolume_figure({**results, "empty": []})
+    assert len(figure.data) == 2
+    values = list(figure.data[0].y)
+    assert values == sorted(values)
+    assert values[-1] == fronts[0].hypervolume
+    assert len(values) == 5
+
+
+def test_the_map_colours_complete_trials_and_keeps_the_others(results: dict[str, list[TrialResult]]) -> None:
+    hollow, full = beta_ratio_figure(results["laptop"], "speedup").data
+    assert list(full.marker.color) == [r.speedup for r in results["laptop"] if r.state == "complete"]
+    assert list(hollow.x) == [0.7]
+    assert "<script>" not in hollow.text[0]
+    with pytest.raises(ValueError, match="colour must be accuracy or speedup, got 'macs'"):
+        beta_ratio_figure([], "macs")
+
+
+def test_the_other_figures_show_their_records(results: dict[str, list[TrialResult]]) -> None:
+    one = pruned_share_figure({"trial 3": {"a": (16, 8), "b": (32, 32)}})
+    assert list(one.data[0].y) == [50.0, 0.0]
+    two = pruned_share_figure({"trial 3": {"a": (16, 8), "b": (32, 32)}, "trial 1": {"a": (16, 12)}})
+    assert [list(row) for row in two.data[0].z] == [[50.0, 0.0], [25.0, 0.0]]
+    measured = predicted_measured_figure(results["laptop"]).data[-1]
+    assert measured.x[1] == pytest.approx(7.2)
+    assert measured.y[1] == 8.0
+    layers = [{"layer": "a", "latency_ms": 2.0, "channels": 4, "delta_ms": 0.5, "delta_norm": 1.0}]
+    assert [list(t.y) for t in profile_figure({"layers": layers}).data] == [[2.0], [1.0]]
+    bars = importance_figure({"accuracy": {"beta": 0.7, "ratio": 0.3}}).data[0]
+    assert list(bars.y) == ["ratio", "beta"]
+
+
+def test_widths_of_a_plan() -> None:
+    plan = PruningPlan(
+        "key",
+        {"g": (0, 1)},
+        {
+            "model.10.conv": LayerCut(8, 16, (), (0, 1)),
+            "model.9.conv": LayerCut(8, 16, (), (0, 1, 2)),
+            "model.9.bn": LayerCut(0, 16, (), (0, 1, 2)),
+            "model.11.conv": LayerCut(16, 4, (0, 1), ()),
+        },
+    )
+    assert list(layer_widths(plan).items()) == [("model.9.conv", (16, 13)), ("model.10.conv", (16, 14))]
+    every = layer_widths(plan, {"model.9.conv": 16, "model.10.conv": 16, "model.11.conv": 4})
+    assert every["model.11.conv"] == (4, 4)
+    assert next(iter(every)) == "model.9.conv"
+
+
+def test_the_pages_points_are_the_fronts(page: Path, fronts: list[ParetoFront]) -> None:
+    data = embedded(page, "data")
+    for front in fronts:
+        shown = data["devices"][front.device]
+        expected = front.to_json()
+        assert [(p["trial"], p["latency_ms"], p["accuracy"]) for p in shown["points"]] == [
+            (p["trial"], p["latency_ms"], p["accuracy"]) for p in expected["points"]
+        ]
+        assert shown["baseline"] == expected["baseline"]
+        assert shown["knee"] == front.knee.trial
+        assert set(shown["trials"]) == {"0", "1", "2", "3", "5"}
+        assert shown["trials"]["2"]["pareto"] is False
+    three = data["devices"]["laptop"]["trials"]["3"]
+    assert three["widths"] == [["model.0.conv", 16, 8], ["model.1.conv", 32, 32]]
+    assert three["run_id"] == "run-of-three"
+    assert three["command"] == (
+        "paretoprune export 'examples/my study.yaml' --device laptop --trial 3 --out export/laptop-trial-3"
+    )
+    drawn = embedded(page, "figures")["device0-0"]["data"]
+    line = next(trace for trace in drawn if trace["meta"]["role"] == "front")
+    assert line["x"] == [p.latency_ms for p in fronts[0].points]
+    assert line["y"] == [p.accuracy for p in fronts[0].points]
+
+
+class Outline(html.parser.HTMLParser):
+    """Collects what the page would load, its table rows and its scripts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.rows: list[tuple[str, int]] = []
+        self.scripts = 0
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs)
+        self.scripts += tag == "script"
+        for name in ("src", "href"):
+            address = found.get(name) or ""
+            if address and not address.startswith(("#", "data:")):
+                self.loads.append(address)
+        if tag == "tr" and found.get("class") == "point":
+            self.rows.append((str(found["data-device"]), int(str(found["data-trial"]))))
+
+
+def test_the_page_stands_alone_and_takes_hostile_names(page: Path, fronts: list[ParetoFront]) -> None:
+    outline = Outline()
+    outline.feed(page.read_text())
+    assert outline.loads == []
+    assert outline.scripts == 4
+    assert outline.rows == [(f.device, p.trial) for f in fronts for p in f.points]
+    assert not re.search("@@[A-Z]+@@", page.read_text().split("plotly.js v")[0])
+    assert "not measured yet" in page.read_text()
+    assert [p.name for p in page.parent.iterdir()] == ["report.html"]
+
+
+PROBE = """
+<script>
+setTimeout(function () {
+  const nodes = [...document.querySelectorAll(".figure")];
+  const front = nodes.find((n) => n.dataset.figure === "device0-0");
+  const line = front.data.findIndex((t) => t.meta.role === "front");
+  const found = { drawn: nodes.map((n) => n.dataset.drawn === "true"),
+    points: front.calcdata[line].map((p) => [p.x, p.y]),
+    width: [document.documentElement.scrollWidth, document.documentElement.clientWidth] };
+  document.querySelector('tr.point[data-device="laptop"][data-trial="3"]').click();
+  const detail = document.querySelector('section[data-device="laptop"] .detail');
+  found.row = detail.textContent;
+  const rows = [...detail.querySelectorAll("table tbody tr")];
+  found.cells = rows.map((r) => [...r.cells].slice(0, 3).map((c) => c.textContent));
+  front.emit("plotly_click", { points: [{ data: front.data[line], customdata: [1] }] });
+  found.point = detail.dataset.trial;
+  const out = document.createElement("pre");
+  out.id = "probe";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+  console.info("probe done");
+}, 5000);
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [1280, 600])
+def test_the_page_in_a_browser(page: Path, fronts: list[ParetoFront], tmp_path: Path, width: int) -> None:
+    probed = tmp_path / "probed.html"
+    probed.write_text(page.read_text().replace("</body>\n</html>", PROBE + "</body>\n</html>"))
+    assert CHROMIUM is not None
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=20000 "
+        "--dump-dom"
+    )
+    command = [
+        CHROMIUM,
+        *flags.split(),
+        f"--user-data-dir={tmp_path / 'profile'}",
+        f"--window-size={width},9000",
+    ]
+    done = subprocess.run(
+        [*command, probed.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert len(said) == 1, said
+    assert "probe done" in said[0]
+    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
+    assert found is not None
+    shown = json.loads(html.unescape(found[1]))
+    assert all(shown["drawn"])
+    assert shown["points"] == [[p.latency_ms, p.accuracy] for p in fronts[0].points]
+    assert shown["width"][0] <= shown["width"][1]
+    assert "--device laptop --trial 3" in shown["row"]
+    assert "run-of-three" in shown["row"]
+    assert shown["cells"] == [["model.0.conv", "16", "8"], ["model.1.conv", "32", "32"]]
+    assert shown["point"] == "1"
