@@ -5,20 +5,21 @@ Opens the task, finds the groups, computes scores, exports the unpruned model an
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from objectives.task import Recovery, Task
-from profiles.artifact import Artifact
+from profiles.artifact import Artifact, export_artifact
 from profiles.cache import Cache
 from profiles.device import Device
-from profiles.export import export_artifact
 from profiles.latency_profile import LatencyProfile, Variant, build_profile
 
 from .allocation import Widths, rank
@@ -27,7 +28,7 @@ from .groups import ChannelGroups, find_groups
 from .plan import PruningPlan
 from .prune import prune
 from .scores import ChannelScores
-from .studyfile import Choices, ModelSection, StudyFile
+from .studyfile import Choices, ModelSection, StudyFile, StudyFileError
 from .trial import Bench
 from .workspace import Workspace, write_json
 
@@ -50,9 +51,12 @@ class Shop:
         """The task of the study file.
 
         Raises:
-            ValueError: the model or the data cannot be used; the message says which and why.
+            StudyFileError: the model or the data cannot be used; the message says which and why.
         """
-        return open_task(self.study)
+        try:
+            return open_task(self.study)
+        except ValueError as error:
+            raise StudyFileError(self.study.source.name, [str(error)]) from error
 
     @cached_property
     def groups(self) -> ChannelGroups:
@@ -125,15 +129,8 @@ class Shop:
 
     def profile(self, device: Device, *, refresh: bool = False) -> LatencyProfile:
         """The device's cached latency profile, measured where it is missing or was measured on another machine."""
-        cache = Cache(self.workspace.cache)
-        key = {
-            "model_key": self.task.model_key,
-            "input_shape": list(self.task.input_shape),
-            "fingerprint": device.fingerprint,
-            "device": device.to_json(),
-        }
         if not refresh:
-            cached = cache.get("profile", key, LatencyProfile.from_json)
+            cached = self.cached_profile(device, device.fingerprint)
             if cached is not None:
                 self.notice(f"profile: {device.name} found in the cache")
                 return cached
@@ -142,8 +139,22 @@ class Shop:
         profile = build_profile(
             device, lambda variant: self._variant(device, variant, folder), self.task.model_key, progress=self.notice
         )
+        cache, key = self._profile_entry(device, device.fingerprint)
         cache.put("profile", key, profile.to_json())
         return profile
+
+    def cached_profile(self, device: Device, fingerprint: str) -> LatencyProfile | None:
+        """The profile in the cache, None where there is none that can be used; asks no device."""
+        cache, key = self._profile_entry(device, fingerprint)
+        return cache.get("profile", key, LatencyProfile.from_json)
+
+    def _profile_entry(self, device: Device, fingerprint: str) -> tuple[Cache, dict[str, Any]]:
+        return Cache(self.workspace.cache), {
+            "model_key": self.task.model_key,
+            "input_shape": list(self.task.input_shape),
+            "fingerprint": fingerprint,
+            "device": device.to_json(),
+        }
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:
         """A randomly pruned version of the model, untrained: latency does not depend on the weights' values."""
@@ -204,7 +215,5 @@ def open_task(study: StudyFile) -> Task:
 
 
 def _short(text: str) -> str:
-    import hashlib
-
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -16,6 +16,10 @@ from typing import Any
 from .result import TrialResult
 
 
+class NoSuchPointError(LookupError):
+    """No point of a front is what was asked for."""
+
+
 @dataclass(frozen=True)
 class ParetoFront:
     """The front of one device.
@@ -117,14 +121,14 @@ class ParetoFront:
         With only `min_accuracy` the fastest point that reaches it is chosen.
 
         Raises:
-            LookupError: no point of the front satisfies what was asked; the message names what there is.
+            NoSuchPointError: no point of the front satisfies what was asked; the message names what there is.
         """
         if trial is not None:
             for point in self.points:
                 if point.trial == trial:
                     return point
             have = ", ".join(str(p.trial) for p in self.points)
-            raise LookupError(f"trial {trial} is not on the front of {self.device}; its trials are {have}")
+            raise NoSuchPointError(f"trial {trial} is not on the front of {self.device}; its trials are {have}")
         if max_latency_ms is None and min_accuracy is None:
             return self.knee
         within = [
@@ -135,7 +139,7 @@ class ParetoFront:
         ]
         if not within:
             fastest, best = self.points[0], self.points[-1]
-            raise LookupError(
+            raise NoSuchPointError(
                 f"no point of {self.device} is within the limits asked (max latency {max_latency_ms} ms, min accuracy "
                 f"{min_accuracy}); the fastest is {_latency(fastest):.2f} ms at {_accuracy(fastest):.4f}, the "
                 f"most accurate {_latency(best):.2f} ms at {_accuracy(best):.4f}"

@@ -73,7 +73,6 @@ class TrialResult:
         duration_s: seconds of each step (rerank, plan, prune, recover, evaluate, export, measure).
         epochs: accuracy after each epoch of the recovery; index 0 is before any training.
         plan_digest, artifact_digest: sha256 of plan.json's content and of the measured artifact.
-        folder: the trial's folder, relative to the study's output folder.
         details: further measured values that have no field of their own (JSON types only).
 
     Raises:
@@ -99,7 +98,6 @@ class TrialResult:
     epochs: tuple[float, ...] = ()
     plan_digest: str | None = None
     artifact_digest: str | None = None
-    folder: str | None = None
     finished_at: str | None = None
     details: Mapping[str, Any] = field(default_factory=dict)
 

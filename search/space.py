@@ -61,6 +61,17 @@ def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> T
     return TrialParams(**values)
 
 
+def fixed_params(search: SearchSection, auto_round_to: int) -> TrialParams:
+    """The parameters of a search section in which beta and ratio are fixed; of other searched keys the first choice."""
+    values: dict[str, Any] = {}
+    for key in KEYS:
+        value = getattr(search, key)
+        values[key] = value.choices[0] if isinstance(value, Choices) else value
+    if values["round_to"] == "auto":
+        values["round_to"] = auto_round_to
+    return TrialParams(**values)
+
+
 def unpruned_point(search: SearchSection) -> dict[str, Any]:
     """Trial 0's value of every searched key."""
     point: dict[str, Any] = {}

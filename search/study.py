@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -54,7 +55,7 @@ class Progress(Listener, Protocol):
 class Recorder(Protocol):
     """Is told every finished trial, after it is safe."""
 
-    def begin(self, bench: Bench) -> None: ...
+    def begin(self, bench: Bench, earlier: Sequence[tuple[TrialResult, Path]]) -> None: ...
 
     def record(self, result: TrialResult, folder: Path) -> None: ...
 
@@ -75,6 +76,15 @@ class DeviceStudy:
                 load_if_exists=True,
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
+
+    @classmethod
+    def existing(
+        cls, study: StudyFile, device: str, storage: optuna.storages.BaseStorage, workspace: Workspace
+    ) -> DeviceStudy | None:
+        """The device's study to look at; None where it was never begun."""
+        if f"{study.name}.{device}" not in optuna.get_all_study_names(storage):
+            return None
+        return cls(study, device, storage, workspace)
 
     # ---- what there is ---------------------------------------------------------------------------------------------
 
@@ -250,10 +260,7 @@ def run_search(
         benches[name] = shop.bench(study.device(name).device())
         device_study.claim(benches[name])
         device_study.prepare()
-        recorder.begin(benches[name])
-    for name in devices:
-        for result, folder in shop.workspace.results(name):
-            recorder.record(result, folder)
+        recorder.begin(benches[name], list(shop.workspace.results(name)))
     failures = dict.fromkeys(devices, 0)
     with _first_interrupt_waits(progress.notice) as interrupted:
         while not interrupted():
@@ -287,10 +294,10 @@ def _one_trial(
         )
     trial, params = study.ask(bench.profile.channel_multiple)
     folder = study.workspace.trial(study.device, trial.number)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
     progress.trial_begins(study.device, trial.number, study.done(), wanted, params)
     try:
         result = run_trial(trial.number, params, bench, folder, progress)
-        result = replace(result, folder=study.workspace.relative(folder))
     except Exception as error:
         result = TrialResult(
             trial=trial.number,
@@ -299,7 +306,6 @@ def _one_trial(
             asked=params,
             state="failed",
             reason=f"{type(error).__name__}: {_brief(str(error))}",
-            folder=study.workspace.relative(folder),
             finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         folder.mkdir(parents=True, exist_ok=True)

@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from objectives.size import count_macs, count_params
 from objectives.task import Recovery, Task
-from profiles.artifact import Artifact, open_artifact
+from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
-from profiles.export import export_artifact
 from profiles.latency_profile import LatencyProfile
 from profiles.lock import host_lock
 from profiles.measure import compare

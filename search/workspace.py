@@ -47,10 +47,6 @@ class Workspace:
     def trial(self, device: str, number: int) -> Path:
         return self.device(device) / f"trial-{number:04d}"
 
-    def relative(self, path: Path) -> str:
-        """A path below the folder, as it is recorded: no record holds where the folder itself lies."""
-        return path.relative_to(self.folder).as_posix()
-
     def results(self, device: str) -> Iterator[tuple[TrialResult, Path]]:
         """What trials of one device left here, by number; an unreadable file is no result."""
         for path in sorted(self.device(device).glob("trial-*/result.json")):

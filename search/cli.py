@@ -1,0 +1,346 @@
+"""The command line. Parses, calls, prints; decides nothing.
+
+stdout carries what was asked for, stderr progress and logs. Exit 0 done, 1 the run failed, 2 the input is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+if TYPE_CHECKING:
+    from .bench import Shop
+    from .studyfile import StudyFile
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Per device, the pruned versions of a CNN that are worth shipping.",
+)
+out = Console()
+err = Console(stderr=True)
+
+StudyPath = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. search.beta=0.5. May be repeated."),
+]
+Dir = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Output folder. Default: runs/<name> beside the study file.")]
+DeviceNames = Annotated[
+    list[str] | None, typer.Option("--device", metavar="D", help="Only this device. May be repeated. Default: all.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else there.")]
+Refresh = Annotated[bool, typer.Option("--refresh", help="Compute again even if the cache has it.")]
+
+
+class _Settings:
+    debug = False
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False) -> None:
+    _Settings.debug = debug
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[RichHandler(console=err, show_path=False, show_time=False)],
+    )
+    logging.getLogger("paretoprune").setLevel(logging.DEBUG if debug else logging.INFO)
+
+
+@app.command()
+def quickstart(
+    dir: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where everything goes.")] = Path("paretoprune-quickstart"),
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials per device.")] = 4,
+) -> None:
+    """The whole main job on data it makes itself: no network, no data, a few minutes."""
+    from .quickstart import run_quickstart
+
+    run_quickstart(dir, trials=trials, console=err)
+
+
+@app.command()
+def search(
+    study: StudyPath,
+    device: DeviceNames = None,
+    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials per device, earlier ones counted in.")] = None,
+    timeout: Annotated[str | None, typer.Option("--timeout", metavar="2h", help="Begin no trial after this: 90s, 30m, 2h.")] = None,
+    set_: Set = None,
+    dir: Dir = None,
+) -> None:
+    """Launch a study. The same command resumes it after an interruption, and joins it from another machine."""
+    from .launch import launch
+    from .progress import ConsoleProgress, front_table
+
+    file = _load(study, set_, dir)
+    names = _devices(file, device)
+    limit_s = None if timeout is None else _seconds(timeout)
+    with ConsoleProgress(err, devices=names) as progress:
+        fronts = launch(file, names, trials=trials or file.trials, timeout_s=limit_s, progress=progress)
+    for name, front in fronts.items():
+        out.print(front_table(name, front, "accuracy"))
+    err.print(f"[dim]next: paretoprune front {study} --html front.html   paretoprune ui {study}   "
+              f"paretoprune export {study} --device {names[0]}[/dim]")
+
+
+@app.command()
+def profile(
+    study: StudyPath, device: DeviceNames = None, refresh: Refresh = False, as_json: AsJson = False, set_: Set = None, dir: Dir = None
+) -> None:
+    """Measure every layer of the unpruned model on each device, or show the cached profile."""
+    from .tables import profile_json, profile_table
+
+    file = _load(study, set_, dir)
+    shop = _shop(file)
+    profiles = {name: shop.profile(file.device(name).device(), refresh=refresh) for name in _devices(file, device)}
+    if as_json:
+        _print_json({name: profile_json(p) for name, p in profiles.items()})
+        return
+    for name, p in profiles.items():
+        out.print(profile_table(name, p))
+
+
+@app.command()
+def score(study: StudyPath, refresh: Refresh = False, as_json: AsJson = False, set_: Set = None, dir: Dir = None) -> None:
+    """Compute the channel scores, or show that they are cached."""
+    from .tables import score_json, score_table
+
+    shop = _shop(_load(study, set_, dir))
+    scores = [shop.scores(criterion, refresh=refresh) for criterion in shop.criteria]
+    if as_json:
+        _print_json({s.criterion: score_json(s) for s in scores})
+        return
+    for s in scores:
+        out.print(score_table(s))
+
+
+@app.command()
+def plan(
+    study: StudyPath,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="The device.")],
+    beta: Annotated[float, typer.Option("--beta", metavar="B", help="Exponent of the latency, in [0, 1].")],
+    ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Share to remove, in [0, 1).")],
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the share removed per layer as a picture.")] = None,
+    as_json: AsJson = False,
+    set_: Set = None,
+    dir: Dir = None,
+) -> None:
+    """What would be removed, and the predicted latency. Trains nothing."""
+    from .space import fixed_params
+    from .studyfile import StudyFileError
+    from .tables import plan_json, plan_table
+    from .trial import make_plan, rerank
+
+    faults = [
+        f"--{key} must lie in {rule}, got {value:g}"
+        for key, value, rule, good in (
+            ("beta", beta, "[0, 1]", 0 <= beta <= 1),
+            ("ratio", ratio, "[0, 1)", 0 <= ratio < 1),
+        )
+        if not good
+    ]
+    if faults:
+        raise StudyFileError(study.name, faults)
+    file = _load(study, [*(set_ or []), f"search.beta={beta}", f"search.ratio={ratio}"], dir)
+    shop = _shop(file)
+    bench = shop.bench(file.device(device).device())
+    params = fixed_params(file.search, bench.profile.channel_multiple)
+    made = make_plan(params, rerank(params, bench), bench)
+    document = plan_json(made, params, bench)
+    if html:
+        from .figures import pruned_share_figure
+
+        shares = {layer["layer"]: (layer["channels"], layer["kept"]) for layer in document["layers"]}
+        pruned_share_figure({f"β {beta:g}, ratio {ratio:g}": shares}).write_html(html, include_plotlyjs=True)
+        err.print(f"wrote {html}")
+    if as_json:
+        _print_json(document)
+    else:
+        out.print(plan_table(document))
+
+
+@app.command()
+def front(
+    study: StudyPath,
+    device: DeviceNames = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report, one self-contained page.")] = None,
+    as_json: AsJson = False,
+    set_: Set = None,
+    dir: Dir = None,
+) -> None:
+    """Show the Pareto front of each device, and write the report."""
+    from .launch import fronts_of, write_study_report
+    from .progress import front_table
+
+    file = _load(study, set_, dir)
+    names = _devices(file, device)
+    found = fronts_of(file, names)
+    target = html or file.folder / "front.html"
+    write_study_report(file, found, target)
+    err.print(f"wrote {target}")
+    if as_json:
+        _print_json({"study": file.name, "devices": {name: f.document for name, f in found.items()}})
+        return
+    for name, f in found.items():
+        out.print(front_table(name, f.front, "accuracy"))
+
+
+@app.command()
+def export(
+    study: StudyPath,
+    device: Annotated[str, typer.Option("--device", metavar="D", help="The device to export for.")],
+    max_latency: Annotated[float | None, typer.Option("--max-latency", metavar="MS", help="The most accurate model within this.")] = None,
+    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="A", help="The fastest model that reaches this.")] = None,
+    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="This trial of the front.")] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: exports/<device> in the output folder.")] = None,
+    register: Annotated[bool, typer.Option("--register", help="Put it into MLflow's model registry as <study>.<device>.")] = False,
+    set_: Set = None,
+    dir: Dir = None,
+) -> None:
+    """Export the best model of a device: the knee of its front, or the one that fits the limits."""
+    from .export import export_best
+
+    file = _load(study, set_, dir)
+    done = export_best(
+        file,
+        file.device(device).name,
+        max_latency_ms=max_latency,
+        min_accuracy=min_accuracy,
+        trial=trial,
+        out=out_dir,
+        register=register,
+        notice=err.print,
+    )
+    out.print(str(done))
+
+
+@app.command()
+def devices(study: StudyPath, as_json: AsJson = False, set_: Set = None, dir: Dir = None) -> None:
+    """Is each device there, what is it, and is it quiet enough to measure on?"""
+    from profiles.device import DeviceFacts, describe
+
+    from .tables import device_json, device_table
+
+    file = _load(study, set_, dir)
+    found: dict[str, DeviceFacts | str] = {}
+    for section in file.devices:
+        try:
+            found[section.name] = describe(section.device())
+        except Exception as error:  # one device that is away must not hide the others
+            found[section.name] = f"{type(error).__name__}: {error}"
+    if as_json:
+        _print_json({name: device_json(facts) for name, facts in found.items()})
+    else:
+        out.print(device_table(found))
+    if any(isinstance(facts, str) for facts in found.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def ui(
+    study: StudyPath,
+    port: Annotated[int, typer.Option("--port", help="Port on this machine.")] = 5000,
+    set_: Set = None,
+    dir: Dir = None,
+) -> None:
+    """Open MLflow's UI on this study's store."""
+    import os
+    import subprocess
+
+    from .launch import tracking_place
+    from .ui import ui_command, ui_environment
+
+    file = _load(study, set_, dir)
+    uri, artifacts = tracking_place(file)
+    command = ui_command(uri, artifacts, port=port)
+    if not command:
+        from .uri import redact
+
+        out.print(f"this study's tracking server is its own UI: {redact(uri)}")
+        return
+    err.print(f"MLflow at http://127.0.0.1:{port}  (Ctrl-C ends it)")
+    raise typer.Exit(subprocess.run(command, env={**os.environ, **ui_environment(uri)}, check=False).returncode)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _load(path: Path, overrides: list[str] | None, folder: Path | None) -> StudyFile:
+    from .studyfile import load_study_file
+
+    return load_study_file(path, overrides or (), folder)
+
+
+def _shop(file: StudyFile) -> Shop:
+    from .bench import Shop
+    from .workspace import Workspace
+
+    return Shop(file, Workspace(file.folder), notice=lambda text: err.print(text, style="dim", highlight=False))
+
+
+def _devices(file: StudyFile, names: list[str] | None) -> list[str]:
+    return [file.device(name).name for name in names] if names else [d.name for d in file.devices]
+
+
+def _seconds(text: str) -> float:
+    from .studyfile import StudyFileError
+
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
+    if not match:
+        raise StudyFileError("--timeout", [f"must be a number with s, m or h, like 90s, 30m or 2h, got {text!r}"])
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _input_errors() -> tuple[type[Exception], ...]:
+    """What says that the input is wrong, not the run."""
+    from .front import NoSuchPointError
+    from .studyfile import StudyFileError
+    from .tracking import TrackingError
+
+    return (StudyFileError, NoSuchPointError, TrackingError)
+
+
+def _print_json(document: Any) -> None:
+    sys.stdout.write(json.dumps(document, indent=1) + "\n")
+
+
+def main() -> None:
+    """Entry point: turns what can go wrong into an exit code and a few lines."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    import click
+
+    try:
+        code = run()
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        err.print("stopped; the same command goes on from here")
+        return 130
+    except Exception as error:
+        if _Settings.debug:
+            err.print_exception()
+        if isinstance(error, _input_errors()):
+            err.print(str(error) or type(error).__name__, style="red", markup=False, highlight=False)
+            return 2
+        err.print(f"failed: {error or type(error).__name__}", style="red", markup=False, highlight=False)
+        if not _Settings.debug:
+            err.print("run again with paretoprune --debug for the traceback", style="dim")
+        return 1
+    return code if isinstance(code, int) else 0

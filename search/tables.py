@@ -1,0 +1,188 @@
+"""JSON documents and terminal tables of profiles, scores, plans and devices: what the commands print.
+
+The JSON keys are fixed: keys may be added, never renamed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.table import Table
+
+from profiles.device import DeviceFacts
+from profiles.latency_profile import LatencyProfile
+
+from .plan import PruningPlan
+from .result import TrialParams
+from .scores import ChannelScores
+from .trial import Bench, predict_ms
+
+
+def profile_json(profile: LatencyProfile) -> dict[str, Any]:
+    """A device's entry of `paretoprune profile --json`."""
+    delta, norm = profile.delta_ms, profile.delta_norm
+    return {
+        "fingerprint": profile.fingerprint,
+        "model_ms": profile.model_ms,
+        "other_ms": profile.other_ms,
+        "channel_multiple": profile.channel_multiple,
+        "layers": [
+            {
+                "layer": layer.layer,
+                "latency_ms": layer.timing.mean_ms,
+                "latency_p50_ms": layer.timing.p50_ms,
+                "channels": layer.out_channels,
+                "delta_ms": delta[layer.layer],
+                "delta_norm": norm[layer.layer],
+            }
+            for layer in profile.layers
+        ],
+    }
+
+
+def profile_table(name: str, profile: LatencyProfile) -> Table:
+    table = Table(
+        title=f"{name} ({profile.fingerprint}): {profile.model_ms:.2f} ms, of which {profile.other_ms:.2f} ms outside the layers; "
+        f"channels in multiples of {profile.channel_multiple}",
+        title_justify="left",
+    )
+    for heading in ("layer", "channels", "latency ms", "share", "per channel µs", "normalised"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for entry in profile_json(profile)["layers"]:
+        table.add_row(
+            entry["layer"],
+            str(entry["channels"]),
+            f"{entry['latency_ms']:.3f}",
+            f"{entry['latency_ms'] / profile.model_ms:.1%}",
+            f"{entry['delta_ms'] * 1e3:.2f}",
+            f"{entry['delta_norm']:.3f}",
+        )
+    return table
+
+
+def score_json(scores: ChannelScores) -> dict[str, Any]:
+    """A criterion's entry of `paretoprune score --json`."""
+    return {
+        "model_key": scores.model_key,
+        "data_key": scores.data_key,
+        "layers": [
+            {"layer": name, "channels": len(v), "mean": float(v.mean()), "min": float(v.min()), "max": float(v.max())}
+            for name, v in scores.layers.items()
+        ],
+    }
+
+
+def score_table(scores: ChannelScores) -> Table:
+    table = Table(title=f"{scores.criterion}, model {scores.model_key[:12]}", title_justify="left")
+    for heading in ("layer", "channels", "lowest", "mean", "highest"):
+        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    for entry in score_json(scores)["layers"]:
+        table.add_row(
+            entry["layer"], str(entry["channels"]), *(f"{entry[key]:.3g}" for key in ("min", "mean", "max"))
+        )
+    return table
+
+
+def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str, Any]:
+    """`paretoprune plan --json`. Channels are outputs of prunable layers, as the paper counts them."""
+    prunable = {m.layer for group in bench.groups.groups for m in group.weighted}
+    layers = []
+    for layer in bench.profile.layers:
+        if layer.layer not in prunable:
+            continue
+        cut = plan.layers.get(layer.layer)
+        layers.append(
+            {
+                "layer": layer.layer,
+                "channels": layer.out_channels,
+                "kept": cut.kept_out if cut else layer.out_channels,
+            }
+        )
+    removed = sum(
+        len(plan.removed.get(group.name, ())) * int(weight)
+        for group, weight in zip(bench.groups.groups, bench.groups.weights, strict=True)
+    )
+    return {
+        "device": bench.device.name,
+        "beta": params.beta,
+        "ratio": params.ratio,
+        "round_to": params.round_to,
+        "channels_total": bench.groups.prunable_channels,
+        "channels_removed": removed,
+        "predicted_latency_ms": predict_ms(plan, bench.profile),
+        "baseline_latency_ms": bench.profile.predict_ms({}),
+        "digest": plan.digest,
+        "layers": layers,
+    }
+
+
+def plan_table(document: dict[str, Any]) -> Table:
+    """The layers that lose channels, with a bar for the share."""
+    share = document["channels_removed"] / document["channels_total"]
+    gain = 1 - document["predicted_latency_ms"] / document["baseline_latency_ms"]
+    table = Table(
+        title=f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: {document['channels_removed']} of "
+        f"{document['channels_total']} channels ({share:.1%}); predicted {document['predicted_latency_ms']:.2f} ms of "
+        f"{document['baseline_latency_ms']:.2f} ms ({gain:+.1%})",
+        title_justify="left",
+    )
+    table.add_column("layer")
+    table.add_column("channels", justify="right")
+    table.add_column("kept", justify="right")
+    table.add_column("removed")
+    for layer in document["layers"]:
+        removed = 1 - layer["kept"] / layer["channels"]
+        if removed:
+            bar = "█" * round(removed * 24)
+            table.add_row(layer["layer"], str(layer["channels"]), str(layer["kept"]), f"{bar} {removed:.0%}")
+    return table
+
+
+def device_json(facts: DeviceFacts | str) -> dict[str, Any]:
+    """A device's entry of `paretoprune devices --json`; a text is why it is not there."""
+    if isinstance(facts, str):
+        return {"available": False, "reason": facts}
+    return {
+        "available": True,
+        "fingerprint": facts.fingerprint,
+        "facts": dict(facts.stable),
+        "state": dict(facts.state),
+        "disturbances": disturbances(facts),
+    }
+
+
+def disturbances(facts: DeviceFacts) -> list[str]:
+    """What makes the machine a poor place to measure on just now, in words; empty when it is quiet."""
+    found = []
+    load, cpus = facts.state.get("load_1m"), facts.stable.get("cpus") or 1
+    if load is not None and load > 0.5:
+        found.append(f"load average {load:.1f} on {cpus} CPUs; wait for other work to end")
+    governor = facts.stable.get("governor")
+    if governor and governor != "performance":
+        found.append(f"governor {governor}; clocks change with load (cpupower frequency-set -g performance)")
+    temperature = facts.state.get("temperature_c")
+    if temperature is not None and temperature > 75:
+        found.append(f"{temperature:.0f} °C; it may throttle")
+    if (facts.stable.get("threads") or 1) > cpus:
+        found.append(f"{facts.stable['threads']} threads on {cpus} CPUs")
+    return found
+
+
+def device_table(found: dict[str, DeviceFacts | str]) -> Table:
+    table = Table(title_justify="left", show_lines=True)
+    for heading in ("device", "what it is", "quiet?"):
+        table.add_column(heading, overflow="fold")
+    for name, facts in found.items():
+        if isinstance(facts, str):
+            table.add_row(name, f"[red]not there[/red]: {facts}", "")
+            continue
+        chip = facts.stable.get("gpu") or facts.stable.get("cpu")
+        runtime = f"{facts.stable.get('runtime')} {facts.stable.get('runtime_version')}"
+        noise = disturbances(facts)
+        table.add_row(
+            name,
+            f"{chip}, {facts.stable.get('cpus')} CPUs\n{runtime}, {facts.stable.get('threads')} threads, "
+            f"{facts.stable.get('precision')}\n{facts.fingerprint}",
+            "[green]yes[/green]" if not noise else "[yellow]no[/yellow]: " + "\n".join(noise),
+        )
+    return table
