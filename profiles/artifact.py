@@ -1,7 +1,7 @@
 """An exported model file with its layers: what a device runs, and what gets shipped.
 
-Exports a fused PyTorch module for a device's runtime and opens the file again. Knows PyTorch and the exporters; knows neither
-pruning nor where the module comes from.
+Exports a fused PyTorch module for a device's runtime and opens the file again. Knows PyTorch and the
+exporters; knows neither pruning nor where the module comes from.
 """
 
 from __future__ import annotations
@@ -126,10 +126,11 @@ def export_artifact(
     input_shape: tuple[int, ...],
     metadata: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Write a module for a device's runtime: `model.onnx` or `model.pt2` in `folder`, which is made where missing.
+    """Write a module for a device's runtime: `model.onnx` or `model.pt2` in `folder`, made where missing.
 
     Args:
-        module: in eval mode on the CPU, batch norm fused, one input tensor, tensor outputs. It is not changed.
+        module: in eval mode on the CPU, batch norm fused, one input tensor, tensor outputs. It is not
+            changed.
         input_shape: `(1, channels, height, width)`.
         metadata: texts that the file carries.
 
@@ -154,10 +155,10 @@ def export_artifact(
 def open_artifact(
     artifact: Artifact, threads: int
 ) -> Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]:
-    """The artifact as a function of images, in this process and on the CPU: for parity and accuracy, not for timing.
+    """The artifact as a function of images, on the CPU in this process: for accuracy, not for timing.
 
-    Takes `(batch, channels, height, width)` float32 in any batch size: an artifact of batch 1 is run image by image and
-    its outputs are stacked along the first axis.
+    Takes `(batch, channels, height, width)` float32 in any batch size: an artifact of batch 1 is run image
+    by image and its outputs are stacked along the first axis.
 
     Raises:
         MissingRuntimeError: the runtime is not installed.

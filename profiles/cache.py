@@ -1,7 +1,7 @@
 """Results kept on disk as JSON, each under the exact key it was computed for.
 
-A file that is truncated, of another version or of another key is refused with a logged reason, and the caller computes again; it is
-never repaired or half used. Knows nothing of what it keeps.
+A file that is truncated, of another version or of another key is refused with a logged reason, and the
+caller computes again; it is never repaired or half used. Knows nothing of what it keeps.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _log = logging.getLogger("paretoprune.cache")
 
 
 class Cache:
-    """A folder of JSON files, `<kind>/<sha256 of the key>.json`. Safe for several processes: writes are atomic."""
+    """A folder of JSON files, `<kind>/<sha256 of the key>.json`; writes are atomic."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -36,7 +36,8 @@ class Cache:
         Args:
             kind: what it is, one word.
             key: everything it depends on, plain JSON values.
-            load: makes the result from its JSON; what it refuses (ValueError, KeyError, TypeError) is refused here.
+            load: makes the result from its JSON; what it refuses (ValueError, KeyError, TypeError) is
+                refused here.
         """
         path = self.path(kind, key)
         try:

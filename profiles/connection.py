@@ -1,7 +1,7 @@
-"""The line to a device's runner: starts the program, sends requests, waits for answers, notices when it is gone.
+"""The line to a device's runner: starts it, sends requests, waits for answers, notices when it is gone.
 
-Knows how to reach a machine, not what is asked of it. One connection per device setting is kept open for the life of this
-process, because importing a runtime takes seconds.
+Knows how to reach a machine, not what is asked of it. One connection per device setting is kept open for
+the life of this process, because importing a runtime takes seconds.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class Connection:
         self._errors: deque[str] = deque(maxlen=20)
         self._turn = threading.Lock()
         self._next_id = 0
-        # A session of its own: Ctrl-C belongs to the program that measures, which then closes the runner in order.
+        # A session of its own: Ctrl-C belongs to the program that measures, which then closes the runner in
+        # order.
         self._process = subprocess.Popen(
             [sys.executable, "-u", "-m", "profiles.runner"],
             cwd=_ROOT,

@@ -32,8 +32,9 @@ class Device:
         runtime: "torch", "onnxruntime", "openvino" or "ncnn".
         threads: CPU threads of one inference, at least 1.
         precision: arithmetic of the runtime, "fp32".
-        providers: for onnxruntime its execution providers in order of preference (empty: CPUExecutionProvider); for torch
-            one of "cpu", "cuda", "cuda:N" (empty: cpu); nothing for the others.
+        providers: for onnxruntime its execution providers in order of preference (empty:
+            CPUExecutionProvider); for torch one of "cpu", "cuda", "cuda:N" (empty: cpu); nothing for the
+            others.
         host: None for this machine, else `ssh://user@host[:port]`.
 
     Raises:
@@ -51,7 +52,8 @@ class Device:
         object.__setattr__(self, "providers", tuple(self.providers))
         if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(
-                f"device name must start with a letter or digit and hold letters, digits, '.', '_' or '-' only, got {self.name!r}"
+                "device name must start with a letter or digit and hold letters, digits, '.', '_' or '-' "
+                f"only, got {self.name!r}"
             )
         where = f"device {self.name}: "
         if self.runtime not in RUNTIMES:
@@ -87,7 +89,7 @@ class Device:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What numbers of this device depend on, as a short text fit for file names; asks the machine the first time.
+        """What numbers of this device depend on, as a text fit for file names; asks the machine once.
 
         Raises:
             DeviceError: the machine cannot be reached or lacks the runtime.
@@ -111,9 +113,10 @@ class DeviceFacts:
     """What a device's machine says of itself.
 
     Attributes:
-        stable: what numbers depend on: CPU and GPU model, instruction sets, runtime and its version, threads, precision,
-            providers, governor, number of CPUs.
-        state: what may disturb a measurement just now: `load_1m`, `temperature_c`, `clock_mhz` (None where unreadable).
+        stable: what numbers depend on: CPU and GPU model, instruction sets, runtime and its version,
+            threads, precision, providers, governor, number of CPUs.
+        state: what may disturb a measurement just now: `load_1m`, `temperature_c`, `clock_mhz` (None where
+            unreadable).
     """
 
     stable: Mapping[str, Any]
@@ -121,7 +124,7 @@ class DeviceFacts:
 
     @property
     def fingerprint(self) -> str:
-        """For example `onnxruntime-1.31.1_amd-epyc_2t_fp32_5f1c09ab`; the last part digests all stable facts."""
+        """For example `onnxruntime-1.31.1_amd-epyc_2t_fp32_5f1c09ab`; the last part digests `stable`."""
         facts = self.stable
         digest = hashlib.sha256(json.dumps(dict(facts), sort_keys=True).encode()).hexdigest()[:8]
         chip = re.sub(r"\((r|tm)\)|\b(cpu|processor)\b", "", (facts["gpu"] or facts["cpu"]).lower())

@@ -1,7 +1,8 @@
 """The exporters: one function per runtime that writes a module's file and says where each layer went.
 
-Layers are found again through their weights: every exporter keeps a weight's name or at least its values, while operator names
-are rewritten at will. Knows PyTorch and the file formats; knows nothing of devices or timing.
+Layers are found again through their weights: every exporter keeps a weight's name or at least its values,
+while operator names are rewritten at will. Knows PyTorch and the file formats; knows nothing of devices or
+timing.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def export_torch(
     layers: tuple[LayerSpec, ...],
     metadata: Mapping[str, str],
 ) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """`model.pt2` by `torch.export`; metadata as the extra file `metadata.json`. Its weights keep their layer's name."""
+    """`model.pt2` by `torch.export`; metadata as extra file `metadata.json`. Weights keep their names."""
     import torch
     import torch.export
 
@@ -100,7 +101,7 @@ def export_onnx(
     layers: tuple[LayerSpec, ...],
     metadata: Mapping[str, str],
 ) -> tuple[Path, dict[str, tuple[str, ...]]]:
-    """`model.onnx`, opset 17, simplified; metadata as `metadata_props`. Each layer's node is renamed to the layer.
+    """`model.onnx`, opset 17, simplified; metadata as `metadata_props`. A layer's node gets its name.
 
     Raises:
         ValueError: a layer's weight is not in the file, as happens when batch norm was not fused.
@@ -138,8 +139,8 @@ def _name_onnx_layers(
     """Rename each layer's node to the layer, in place; returns the other names a runtime may use for it."""
     from onnx import numpy_helper
 
-    # Exporters merge weights of equal values and may transpose a linear layer's: match by name, then by values, in
-    # order of execution.
+    # Exporters merge weights of equal values and may transpose a linear layer's: match by name, then by
+    # values, in order of execution.
     waiting: dict[str, list[str]] = {}
     for layer in layers:
         weight = module.get_parameter(f"{layer.layer}.weight").detach().numpy()
@@ -169,8 +170,8 @@ def _name_onnx_layers(
     lost = [layer.layer for layer in layers if layer.layer not in names]
     if lost:
         raise ValueError(
-            f"{len(lost)} of {len(layers)} layers have no weight of theirs in the ONNX file, the first is {lost[0]}; "
-            "fuse batch norm into the convolutions before exporting"
+            f"{len(lost)} of {len(layers)} layers have no weight of theirs in the ONNX file, "
+            f"the first is {lost[0]}; fuse batch norm into the convolutions before exporting"
         )
     return names
 

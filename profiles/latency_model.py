@@ -5,7 +5,8 @@ Predicts from coefficients and knows nothing of how they were measured, nor whic
 With x and y a layer's input and output channels as shares of the unpruned layer's, its latency is
 `constant + per_in x + per_out y + per_pair x y`. Kinds:
 
-- `linear`: `t y`, the rule of the paper (doi 10.30837/0135-1710.2026.189.034, equation 5): a channel costs t / N, whatever feeds it.
+- `linear`: `t y`, the rule of the paper (doi 10.30837/0135-1710.2026.189.034, equation 5): a channel costs
+  t / N, whatever feeds it.
 - `bilinear`: `t x y`, or `t y` for a depthwise layer; a removed channel also narrows the layers that read it.
 
 Everything that is no layer stays as it is.
@@ -91,7 +92,7 @@ class LatencyModel:
         return np.asarray(self.other_ms + layer_ms.sum(axis=1))
 
     def gradient(self, in_widths: ArrayLike, out_widths: ArrayLike) -> tuple[Floats, Floats]:
-        """What one more channel costs, in ms: with respect to each layer's inputs `(L,)` and outputs `(L,)`."""
+        """What one more channel costs, in ms: with respect to the inputs `(L,)` and the outputs `(L,)`."""
         ins, outs, (_, per_in, per_out, per_pair) = self._arrays
         x = self._checked(in_widths, 1) / ins
         y = self._checked(out_widths, 1) / outs

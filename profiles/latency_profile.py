@@ -1,7 +1,7 @@
 """What each layer of one model costs on one device, with the latency model fitted to it.
 
-Holds equations (5) and (6) of the paper (doi 10.30837/0135-1710.2026.189.034). Knows nothing of scores, groups or
-how channels are chosen.
+Holds equations (5) and (6) of the paper (doi 10.30837/0135-1710.2026.189.034). Knows nothing of scores,
+groups or how channels are chosen.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class LatencyProfile:
         return self.model.predict_many(in_widths, out_widths)
 
     def gradient(self, in_widths: ArrayLike, out_widths: ArrayLike) -> tuple[Floats, Floats]:
-        """Cost of one more channel in ms, with respect to inputs `(L,)` and outputs `(L,)`, at widths `(L,)`."""
+        """What one more channel costs in ms, of inputs `(L,)` and of outputs `(L,)`, at widths `(L,)`."""
         return self.model.gradient(in_widths, out_widths)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The host's lock: while one process measures, no other process of ours works on the same machine.
 
-Any number may work (train, evaluate) at a time; a measurement is alone. Held by the operating system, so a process that dies
-gives it up. Knows nothing of what is done under it.
+Any number may work (train, evaluate) at a time; a measurement is alone. Held by the operating system, so a
+process that dies gives it up. Knows nothing of what is done under it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,15 @@ def host_lock(purpose: str) -> Iterator[None]:
     Waits until it is free. Reentrant in a process; threads of one process take turns.
 
     Raises:
-        RuntimeError: a measurement was asked for under a lock held for other work, which would wait for itself.
+        RuntimeError: a measurement was asked for under a lock held for other work, which would wait for
+            itself.
     """
     with _guard:
         if _held:
             if purpose == MEASURE and MEASURE not in _held:
                 raise RuntimeError(
-                    f"cannot measure while this process holds the host's lock for {_held[-1]!r}; leave that block first"
+                    f"cannot measure while this process holds the host's lock for {_held[-1]!r}; "
+                    "leave that block first"
                 )
             _held.append(purpose)
             try:
@@ -53,7 +55,8 @@ def host_lock(purpose: str) -> Iterator[None]:
             return
         folder = _folder()
         lock = ReadWriteLock(folder / "host.rw", is_singleton=False)
-        # Whoever wants in passes the gate first, so that a waiting measurement is not overtaken by new work for ever.
+        # Whoever wants in passes the gate first, so that a waiting measurement is not overtaken by new work
+        # for ever.
         gate = FileLock(folder / "gate.lock", is_singleton=False)
         with gate:
             held = lock.write_lock() if purpose == MEASURE else lock.read_lock()

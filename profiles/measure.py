@@ -1,12 +1,12 @@
 """Measurements on a device: one model, two models in turns, and one model layer by layer.
 
-Decides how often to ask and what the samples mean; the clock is read by the device's runner. Every measurement of this machine
-is taken under the host's lock. Knows nothing of pruning.
+Decides how often to ask and what the samples mean; the clock is read by the device's runner. Every
+measurement of this machine is taken under the host's lock. Knows nothing of pruning.
 
-How a comparison is decided: each round starts a fresh process per model and samples them in alternating blocks (A B B A ...);
-its value is the trimmed mean of the log ratios of neighbouring blocks' medians. Processes differ among themselves by more than
-blocks do (memory layout, placement), so rounds, not samples, are the independent observations: the interval is Student's t over
-the rounds' log ratios.
+How a comparison is decided: each round starts a fresh process per model and samples them in alternating
+blocks (A B B A ...); its value is the trimmed mean of the log ratios of neighbouring blocks' medians.
+Processes differ among themselves by more than blocks do (memory layout, placement), so rounds, not samples,
+are the independent observations: the interval is Student's t over the rounds' log ratios.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from .timing import Comparison, Timing
 Progress = Callable[[str], None]
 
 MIN_ROUNDS = 4
-#: The interval is looked at after every round, which costs coverage: a 98% quantile keeps the result above 95%.
+#: The interval is looked at after every round, which costs coverage: a 98% quantile keeps the result above
+#: 95%.
 CONFIDENCE = 0.98
 #: Half-width below which no interval is believed: what a handful of processes can show of their own spread.
 FLOOR = 0.005
@@ -78,7 +79,7 @@ def compare(
             logs.append(_round_log_ratio(done["blocks"]))
             half = _half_width(logs)
             if progress:
-                width = f" ± {half:.1%}" if math.isfinite(half) else ""
+                width = f" ± {half:.1%}" if half < 1 else ""
                 progress(f"round {len(logs)}: ratio {math.exp(float(np.mean(logs))):.4f}{width}")
             elapsed_s = time.monotonic() - start
             if len(logs) >= MIN_ROUNDS and (half <= target or elapsed_s + longest_s > limit_s):
@@ -131,17 +132,17 @@ def profile_layers(
 ) -> tuple[LayerProfile, ...]:
     """Latency of every layer in the device's own runtime, and of everything else.
 
-    A profiler slows what it watches, small operators most, so its times are used as shares: of each profiled inference the
-    share of each operator, times the latency of the model measured without profiler. The mean latencies of all entries therefore
-    add up to that latency.
+    A profiler slows what it watches, small operators most, so its times are used as shares: the share of
+    each operator in each profiled inference, times the latency of the model measured without a profiler.
+    The mean latencies of all entries therefore add up to that latency.
 
     Args:
         repeats: profiled inferences, K in the paper; at least 1.
         warmup: inferences before them.
 
     Returns:
-        One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other" and
-        `layer` "other/<kind>".
+        One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other"
+        and `layer` "other/<kind>".
 
     Raises:
         DeviceError: a layer does not show in the runtime's profile; else as `compare`.
@@ -172,8 +173,9 @@ def profile_layers(
     lost = [name for name in times if name not in seen]
     if lost:
         raise DeviceError(
-            f"device {device.name}: {len(lost)} of {len(times)} layers do not show in the profile of {device.runtime}, "
-            f"the first is {lost[0]}; the operators seen are {', '.join(node['name'] for node in nodes[:5])}, ..."
+            f"device {device.name}: {len(lost)} of {len(times)} layers do not show in the profile of "
+            f"{device.runtime}, the first is {lost[0]}; the operators seen are "
+            f"{', '.join(node['name'] for node in nodes[:5])}, ..."
         )
     total = sum([*times.values(), *others.values()])
     scale = model_ms / total
@@ -196,8 +198,9 @@ def _measuring(device: Device) -> Iterator[Connection]:
 def _spec(device: Device, artifact: Artifact) -> dict[str, Any]:
     if (artifact.runtime, artifact.precision) != (device.runtime, device.precision):
         raise ValueError(
-            f"device {device.name} runs {device.runtime} in {device.precision}, the artifact {artifact.path.name} is for "
-            f"{artifact.runtime} in {artifact.precision}; export it for this device"
+            f"device {device.name} runs {device.runtime} in {device.precision}, the artifact "
+            f"{artifact.path.name} is for {artifact.runtime} in {artifact.precision}; "
+            "export it for this device"
         )
     return {
         "runtime": device.runtime,

@@ -57,7 +57,7 @@ class Timing:
 
     @cached_property
     def ci_ms(self) -> tuple[float, float]:
-        """95% interval of the median, by a seeded bootstrap (the same samples always give the same interval)."""
+        """95% interval of the median, by a seeded bootstrap: the same samples give the same interval."""
         samples = np.asarray(self.samples_ms)
         picks = np.random.default_rng(0).integers(0, len(samples), (500, min(len(samples), 2000)))
         medians = np.median(samples[picks], axis=1)

@@ -13,7 +13,6 @@ import sys
 import time
 from typing import IO, Any
 
-from .machine import choose_cpus
 from .sessions import Session, TorchSession, open_session
 
 CAN_FORK = (
@@ -52,11 +51,12 @@ def serve_child(requests: IO[str], answers: IO[str]) -> None:
 
 def _load(spec: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
     if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, choose_cpus(spec["threads"]))
+        os.sched_setaffinity(0, spec["cpus"])
     session = open_session(spec)
     if isinstance(session, TorchSession):
         session.prepare()
-    # At least `warmup` runs, then on until a quarter of a second has passed: clocks and caches need time, not counts.
+    # At least `warmup` runs, then on until a quarter of a second has passed: clocks and caches need time,
+    # not counts.
     start, runs = time.perf_counter(), 0
     while runs < spec["warmup"] or (time.perf_counter() - start < 0.25 and runs < 500):
         session.once()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +35,38 @@ def allowed_cpus() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-def choose_cpus(threads: int) -> list[int]:
-    """CPUs to pin to: the fastest kind, one per physical core first, high numbers first (interrupts land on CPU 0)."""
+def busy_shares(watch_s: float = 0.1) -> dict[int, float]:
+    """How busy each CPU is just now, in [0, 1]; empty where that cannot be read."""
+    before = _cpu_ticks()
+    time.sleep(watch_s if before else 0)
+    shares = {}
+    for cpu, (idle, total) in _cpu_ticks().items():
+        past = before.get(cpu)
+        if past and total > past[1]:
+            shares[cpu] = 1 - (idle - past[0]) / (total - past[1])
+    return shares
+
+
+def _cpu_ticks() -> dict[int, tuple[int, int]]:
+    ticks = {}
+    for line in _read("/proc/stat").splitlines():
+        fields = line.split()
+        if re.fullmatch(r"cpu\d+", fields[0]):
+            counts = [int(f) for f in fields[1:9]]
+            ticks[int(fields[0][3:])] = (counts[3] + counts[4], sum(counts))
+    return ticks
+
+
+def choose_cpus(threads: int, busy: dict[int, float] | None = None) -> list[int]:
+    """CPUs to pin to: the fastest kind, one per physical core before its siblings, the idlest ones."""
     allowed = allowed_cpus()
     if threads >= len(allowed):
         return allowed
     base = "/sys/devices/system/cpu/cpu"
     seen: set[str] = set()
     ranked = []
-    for cpu in reversed(allowed):
+    # Of equally idle ones the high numbers first: interrupts land on CPU 0.
+    for cpu in sorted(allowed, key=lambda c: (round((busy or {}).get(c, 0.0), 1), -c)):
         core = _read(f"{base}{cpu}/topology/thread_siblings_list") or str(cpu)
         speed = int(_read(f"{base}{cpu}/cpu_capacity") or _read(f"{base}{cpu}/cpufreq/cpuinfo_max_freq") or 0)
         ranked.append((-speed, core in seen, cpu))
@@ -111,7 +136,7 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         "load_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "temperature_c": max((int(t) / 1000 for t in temperatures if t.lstrip("-").isdigit()), default=None),
         "clock_mhz": min((int(m) / 1000 for m in mhz if m.isdigit()), default=None),
-        "pinned_cpus": choose_cpus(threads) if hasattr(os, "sched_setaffinity") else None,
+        "busy": busy_shares(),
         "python": platform.python_version(),
     }
     return {"stable": stable, "state": state}

@@ -1,7 +1,9 @@
 """What a runner can be asked, and how it answers.
 
-Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or two models in turns), `profile` (per operator).
-Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash", "error"}`.
+Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or two models in turns),
+`profile` (per operator).
+Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash",
+"error"}`.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import os
 from typing import Any
 
 from .child import Child, ChildCrashError
-from .machine import machine_facts
+from .machine import busy_shares, choose_cpus, machine_facts
 from .sessions import MissingRuntimeError, import_runtime
 
 
@@ -28,12 +30,15 @@ def do_facts(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def do_round(request: dict[str, Any]) -> dict[str, Any]:
-    """One fresh process per model, warmed up, then blocks in turns A B B A ...; the one not running is stopped.
+    """One fresh process per model, warmed up, then blocks in turns A B B A ...; the one not running is
+    stopped.
 
     Request: `specs` (one or two), `first` (which of them starts), `pairs`, `block_s`, `round_s`, `timeout_s`.
     Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, and `warmup`, runs before them.
     """
-    specs, timeout_s = request["specs"], request["timeout_s"]
+    # Both on the same CPUs, chosen anew each round: no model may owe its time to where it was put.
+    cpus = choose_cpus(request["specs"][0]["threads"], busy_shares())
+    specs, timeout_s = [{**spec, "cpus": cpus} for spec in request["specs"]], request["timeout_s"]
     order = [(request["first"] + i) % len(specs) for i in range(len(specs))]
     children: dict[int, Child] = {}
     blocks: list[tuple[int, list[float]]] = []
@@ -72,7 +77,8 @@ def do_profile(request: dict[str, Any]) -> dict[str, Any]:
     """Operators of one model, timed by its runtime in a process of its own."""
     child = Child([])
     try:
-        child.ask({"do": "load", "spec": request["spec"]}, request["timeout_s"])
+        cpus = choose_cpus(request["spec"]["threads"], busy_shares())
+        child.ask({"do": "load", "spec": {**request["spec"], "cpus": cpus}}, request["timeout_s"])
         ask = {"do": "profile", "repeats": request["repeats"], "warmup": request["warmup"]}
         return {"nodes": child.ask(ask, request["timeout_s"])}
     finally:

@@ -38,7 +38,7 @@ class Session(Protocol):
         ...
 
     def profile(self, repeats: int, warmup: int) -> list[dict[str, Any]]:
-        """Operators as the runtime sees them: `{"name", "op", "samples_ms": [repeats values]}`, in execution order."""
+        """Operators as the runtime sees them, in execution order: `{"name", "op", "samples_ms"}`."""
         ...
 
 
@@ -49,7 +49,7 @@ def _images(shape: list[int]) -> NDArray[np.float32]:
 
 
 class OnnxRuntimeSession:
-    """ONNX Runtime. `spin` False keeps its thread pool from spinning between runs (for use beside other work)."""
+    """ONNX Runtime. `spin` False keeps its thread pool from spinning between runs, beside other work."""
 
     def __init__(self, spec: dict[str, Any], *, spin: bool = True) -> None:
         self._spec, self._spin = spec, spin
@@ -74,8 +74,8 @@ class OnnxRuntimeSession:
         # ONNX Runtime falls back to the CPU in silence when a provider cannot start.
         if session.get_providers()[0] != providers[0]:
             raise RuntimeError(
-                f"execution provider {providers[0]} was asked for but ONNX Runtime uses {session.get_providers()[0]}; "
-                f"this build offers {onnxruntime.get_available_providers()}"
+                f"execution provider {providers[0]} was asked for but ONNX Runtime uses "
+                f"{session.get_providers()[0]}; this build offers {onnxruntime.get_available_providers()}"
             )
         return session
 
@@ -110,8 +110,8 @@ class OnnxRuntimeSession:
 
 
 def _plain_name(event: str) -> str:
-    # ONNX Runtime renames what it rewrites: fused operators get a prefix, blocked ones the name of their output and a
-    # suffix, and a number where a name was taken.
+    # ONNX Runtime renames what it rewrites: fused operators get a prefix, blocked ones the name of their
+    # output and a suffix, and a number where a name was taken.
     name = event.removesuffix("_kernel_time").removeprefix("fused ")
     name = re.sub(r"_token_\d+$", "", name)
     return name.removesuffix("_nchwc").removesuffix("/MatMulAddFusion")
@@ -234,10 +234,11 @@ def import_runtime(runtime: str) -> str:
 
             return str(onnxruntime.__version__)
         import torch
-        import torch.export.pt2_archive  # What `torch.export.load` would import in every measured process again.
+        import torch.export.pt2_archive  # Else `torch.export.load` imports it in every measured process.
 
         return str(torch.__version__)
     except ImportError as error:
         raise MissingRuntimeError(
-            f"runtime {runtime} cannot be imported by {sys.executable} ({error}); install it there: {HINTS[runtime]}"
+            f"runtime {runtime} cannot be imported by {sys.executable} ({error}); "
+            f"install it there: {HINTS[runtime]}"
         ) from error

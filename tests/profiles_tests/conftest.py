@@ -8,16 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+
 from profiles.artifact import Artifact, export_artifact
 from profiles.connection import close_connections
 from profiles.device import Device
-from torch import nn
 
 SHAPE = (1, 3, 64, 64)
 
 
 class SmallNet(nn.Module):
-    """Every kind of layer and every way a runtime fuses one: ReLU, SiLU, residual sum, depthwise, transposed, linear."""
+    """Every kind of layer and the ways a runtime fuses one: ReLU, SiLU, sum, depthwise, linear."""
 
     def __init__(self, width: int = 16) -> None:
         super().__init__()

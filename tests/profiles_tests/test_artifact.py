@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
+
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
-from torch import nn
 
 Export = Callable[[Device, int], Artifact]
 Net = Callable[[int], nn.Module]
@@ -82,6 +83,6 @@ def test_refusals(tmp_path: Path, small_net: Net) -> None:
     with pytest.raises(ValueError, match="eval mode"):
         export_artifact(small_net(4).train(), Device("d", "torch"), tmp_path, (1, 3, 64, 64))
     unfused = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).eval()
-    nn.init.constant_(unfused[1].weight, 2.0)
+    nn.init.constant_(unfused[1].get_parameter("weight"), 2.0)
     with pytest.raises(ValueError, match="fuse batch norm"):
         export_artifact(unfused, Device("d", "onnxruntime"), tmp_path, (1, 3, 64, 64))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from profiles.cache import Cache
 
 KEY = {"model": "abc", "fingerprint": "here", "input_shape": [1, 3, 64, 64]}

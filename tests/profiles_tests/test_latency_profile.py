@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
@@ -73,7 +74,7 @@ def test_bilinear_model_counts_inputs_too_but_not_of_a_depthwise_layer() -> None
     profile = make_profile(0)
     layer, depthwise = profile.layers[0], profile.layers[2]
     half = {layer.layer: (layer.in_channels / 2, layer.out_channels / 2)}
-    saved = profile.model_ms - profile.predict_ms(half)  # type: ignore[arg-type]  # fractions make the sum exact
+    saved = profile.model_ms - profile.predict_ms(half)  # type: ignore[arg-type]  # fractions: exact
     assert saved == pytest.approx(0.75 * layer.timing.mean_ms)
     half = {depthwise.layer: (depthwise.in_channels / 2, depthwise.out_channels / 2)}
     saved = profile.model_ms - profile.predict_ms(half)  # type: ignore[arg-type]
@@ -108,7 +109,7 @@ def test_json_round_trip_and_refusals() -> None:
         LatencyProfile.from_json({**data, "format_version": 2})
     with pytest.raises(ValueError, match="distinct names"):
         LatencyProfile.from_json({**data, "layers": data["layers"] * 2})
-    with pytest.raises(KeyError, match="no layer 'layer.x'"):
+    with pytest.raises(KeyError, match=r"no layer 'layer\.x'"):
         profile.predict_ms({"layer.x": (1, 1)})
     with pytest.raises(ValueError, match=r"shape \(n, 6\)"):
         profile.predict_many([1.0] * 6, [1.0] * 6)

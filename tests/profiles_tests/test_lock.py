@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+
 from profiles.lock import host_lock
 
 HOLD = """
@@ -75,7 +76,7 @@ def test_reentrant_but_no_measurement_inside_work(folder: Path) -> None:
         pass
     with (
         host_lock("train"),
-        pytest.raises(RuntimeError, match="cannot measure while .* 'train'"),
+        pytest.raises(RuntimeError, match=r"cannot measure while .* 'train'"),
         host_lock("measure"),
     ):
         pass

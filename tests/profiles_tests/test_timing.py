@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+
 from profiles.measure import _half_width, _round_log_ratio
 from profiles.timing import Comparison, Timing
 
@@ -59,7 +60,7 @@ def test_comparison_json_round_trip_and_version() -> None:
 
 
 def test_interval_of_rounds_covers_the_truth_under_drift_and_preemption() -> None:
-    """Rounds as a machine makes them: slow drift, a spread between processes, and now and then a block three times too slow."""
+    """Rounds as a machine makes them: drift, a spread between processes, and blocks thrice too slow."""
     rng = np.random.default_rng(0)
     truth, wrong, trials = math.log(1.03), 0, 200
     for _ in range(trials):
