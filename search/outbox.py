@@ -74,7 +74,7 @@ class Outbox:
         Returns:
             Its file, or None where the disk takes no more: then only the notice knows of it.
         """
-        path = self.folder / f"{KINDS.index(kind)}-{kind}-{_file_name(key)}.json"
+        path = self.folder / f"{KINDS.index(kind)}-{kind}-{file_name(key)}.json"
         text = json.dumps({"format_version": FORMAT_VERSION, "kind": kind, "body": body}, indent=1) + "\n"
         draft = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -199,7 +199,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
 
 
-def _file_name(key: str) -> str:
+def file_name(key: str) -> str:
+    """A name for files about `key`, which may hold any characters."""
     plain = re.sub(r"[^\w.-]", "_", key)
     # Two keys that differ only in such characters must not share a file.
     return plain if plain == key else f"{plain}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"

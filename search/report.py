@@ -138,6 +138,18 @@ def write_report(
     return path
 
 
+def write_figure(path: Path, figure: Figure) -> Path:
+    """Write one figure as a page of its own that needs no network, about 5 MB.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    # Plotly offers by default to send a chart to its own cloud.
+    config = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
+    figure.write_html(path, include_plotlyjs=True, config=config)
+    return path
+
+
 def _more_figures(
     front: ParetoFront,
     trials: Sequence[TrialResult],

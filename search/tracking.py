@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 from filelock import Timeout
 
 from .front import ParetoFront
-from .outbox import AwayError, Letter, Notice, Outbox, first_line, is_away, probe
+from .outbox import AwayError, Letter, Notice, Outbox, file_name, first_line, is_away, probe
 from .result import TrialResult
 from .run_record import (
     front_csv,
@@ -211,7 +211,10 @@ class Tracker:
             "step": step,
             "files": {name: os.path.relpath(path, self._outbox.folder) for name, path in files.items()},
         }
-        self._post("front", front.device, body)
+        if self._post("front", front.device, body) is None:
+            # The caller may remove its files; a front that waits keeps copies.
+            body["files"] = self._copies(front.device, files)
+            self._outbox.put("front", front.device, body)
 
     def end_device(self, device: str, *, interrupted: bool = False) -> None:
         """Close the parent run, so that it does not look like one that still runs; `device_run` reopens it.
@@ -241,6 +244,19 @@ class Tracker:
                 f"device_run must be called before anything is logged for {device!r}; called for: {have}"
             )
         return self._devices[device]
+
+    def _copies(self, device: str, files: Mapping[str, Path]) -> dict[str, str]:
+        kept = {}
+        for name, path in files.items():
+            place = Path("files", file_name(device), name)
+            target = self._outbox.folder / place
+            try:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, target)
+                kept[name] = str(place)
+            except OSError as error:
+                self._outbox.say(f"{name} is not kept for MLflow: {first_line(error)}")
+        return kept
 
     def _key(self, result: TrialResult) -> str:
         return f"{result.device}-{result.trial:06d}"
@@ -459,6 +475,7 @@ class Tracker:
         client.log_text(parent, front_csv(rows), "front.csv")
         for name, path in body["files"].items():
             self._upload(parent, self._outbox.folder / path, name)
+        shutil.rmtree(self._outbox.folder / "files" / file_name(record["device"]), ignore_errors=True)
 
     def _upload(self, run_id: str, path: Path, name: str) -> None:
         if not path.is_file():

@@ -25,7 +25,7 @@ from search.figures import (
 )
 from search.front import ParetoFront
 from search.plan import LayerCut, PruningPlan
-from search.report import layer_widths, write_report
+from search.report import layer_widths, write_figure, write_report
 from search.result import TrialParams, TrialResult
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -218,6 +218,16 @@ def test_the_pages_points_are_the_fronts(page: Path, fronts: list[ParetoFront]) 
     line = next(trace for trace in drawn if trace["meta"]["role"] == "front")
     assert line["x"] == [p.latency_ms for p in fronts[0].points]
     assert line["y"] == [p.accuracy for p in fronts[0].points]
+
+
+def test_a_figures_page_needs_no_network_and_offers_no_cloud(
+    tmp_path: Path, fronts: list[ParetoFront]
+) -> None:
+    outline = Outline()
+    text = write_figure(tmp_path / "front.html", front_figure(fronts)).read_text()
+    outline.feed(text)
+    assert outline.loads == []
+    assert '"showSendToCloud": false' in text
 
 
 class Outline(html.parser.HTMLParser):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import os
+import re
 import socket
 import sqlite3
 import subprocess
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from search.front import ParetoFront
 from search.outbox import Outbox
@@ -47,7 +50,6 @@ def make_result(trial: int, accuracy: float, latency_ms: float, **changes: Any) 
         epochs=(0.1, 0.2, accuracy),
         plan_digest="p" * 64,
         artifact_digest="a" * 64,
-        folder=f"laptop-ort/trial-{trial:04d}",
         finished_at="2026-01-02T03:04:05+00:00",
         details={"stable": True, "rounds": 7},
     )
@@ -55,7 +57,7 @@ def make_result(trial: int, accuracy: float, latency_ms: float, **changes: Any) 
 
 
 def make_folder(study: Path, result: TrialResult) -> Path:
-    folder = study / str(result.folder)
+    folder = study / result.device / f"trial-{result.trial:04d}"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "plan.json").write_text('{"format_version": 1}\n')
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -364,7 +366,10 @@ def test_records_wait_for_a_server_and_hold_no_secret(
     results = [make_result(0, 0.6, 10.0), make_result(1, 0.5, 8.0)]
     for result in results:
         assert tracker.log_trial(result, make_folder(study, result)) is None
-    tracker.log_front(ParetoFront.of(results), {})
+    page = study / "gone-soon.html"
+    page.write_text("<p>front</p>")
+    tracker.log_front(ParetoFront.of(results), {"figures/front.html": page})
+    page.unlink()
     assert tracker.run_ids("laptop-ort") == {}
     assert tracker.waiting == 4
     assert len(notices) == 1
@@ -382,7 +387,11 @@ def test_records_wait_for_a_server_and_hold_no_secret(
         "plan.json",
         "result.json",
     ]
-    assert tracker.client().get_run(ids[1]).data.tags["pareto"] == "true"
+    run = tracker.client().get_run(ids[1])
+    assert run.data.tags["pareto"] == "true"
+    kept = tracker.client().list_artifacts(run.data.tags["mlflow.parentRunId"], "figures")
+    assert [f.path for f in kept] == ["figures/front.html"]
+    assert not list((study / "outbox").rglob("*.html"))
 
     written = [p for p in study.rglob("*") if p.is_file() and p.name != "server.log"]
     assert len(written) > 8
@@ -504,3 +513,58 @@ def test_the_ui_command_shows_no_address() -> None:
     assert not any(SECRET in word for word in command)
     assert ui_environment(uri)["MLFLOW_BACKEND_STORE_URI"] == uri
     assert ui_command("http://host:5000", None) == []
+
+
+# -- the mlflow/ folder
+
+DEPLOYMENT = Path(__file__).parents[2] / "mlflow"
+
+
+def test_the_readmes_searches_find_what_they_say(study: Path) -> None:
+    searches = re.findall(r"```sql\n(.*?)```", (DEPLOYMENT / "README.md").read_text(), re.S)[0].splitlines()
+    tracker = open_tracker(study)
+    start_device(tracker)
+    results = [make_result(0, 0.6, 10.0), make_result(1, 0.58, 7.0), make_result(2, 0.5, 8.0)]
+    results += [
+        TrialResult(7, "laptop-ort", "cpu-abc", TrialParams(), "stopped", "dominated with margin"),
+        TrialResult(8, "laptop-ort", "cpu-abc", TrialParams(), "failed", "out of memory"),
+    ]
+    for result in results:
+        tracker.log_trial(result, study)
+    tracker.log_front(ParetoFront.of(results), {})
+    client = tracker.client()
+    experiment = client.get_experiment_by_name("bccd")
+    assert experiment is not None
+    found = [
+        sorted(run.data.tags.get("optuna.trial_number", "device") for run in runs)
+        for runs in (client.search_runs([experiment.experiment_id], text) for text in searches)
+    ]
+    assert found == [
+        ["0", "1"],
+        ["0", "1"],
+        ["1"],
+        ["7"],
+        ["8"],
+        ["7"],
+        ["0", "1", "2", "7", "8"],
+        ["device"],
+    ]
+
+
+def test_the_compose_file_matches_the_project() -> None:
+    text = (DEPLOYMENT / "compose.yaml").read_text()
+    services = yaml.safe_load(text)["services"]
+    assert services["mlflow"]["image"].endswith(f":v{importlib.metadata.version('mlflow')}-full")
+    assert all("healthcheck" in service for service in services.values())
+    example = dict(
+        line.split("=", 1)
+        for line in (DEPLOYMENT / ".env.example").read_text().splitlines()
+        if "=" in line and not line.startswith("#")
+    )
+    # Every variable that has no default in the compose file is in the example, and the example has no other.
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", text))
+    assert used == set(example)
+    assert re.findall(r"CREATE DATABASE (\w+);", (DEPLOYMENT / "databases.sql").read_text()) == [
+        "optuna",
+        "mlflow",
+    ]
