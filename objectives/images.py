@@ -23,6 +23,7 @@ from .digest import files_digest
 #: Decoded images of a split are kept up to this size; a larger split is decoded anew each time.
 CACHE_BYTES = 2**30
 _FOLDER_SIZE = 224
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def _open_npz(path: Path, imgsz: int | None) -> ImageData:
         )
     digest = hashlib.sha256(repr([train.size, *(arrays[n].shape for n in names)]).encode())
     for name in names:
-        digest.update(np.ascontiguousarray(arrays[name]))
+        digest.update(np.ascontiguousarray(arrays[name]).data)
     count = int(max(train.labels.max(), val.labels.max())) + 1
     return ImageData(train, val, tuple(str(i) for i in range(count)), digest.hexdigest())
 
@@ -140,37 +141,38 @@ def _array_reader(x: NDArray[np.uint8], size: tuple[int, int]) -> Callable[[NDAr
 
 
 def _open_folder(path: Path, imgsz: int) -> ImageData:
-    from torchvision.datasets import ImageFolder
-
-    found: dict[str, list[tuple[str, int]]] = {}
+    found: dict[str, list[tuple[Path, int]]] = {}
     classes: list[str] = []
     for split in ("train", "val"):
-        try:
-            # Empty class folders are left out of both splits alike by the check below, not by an exception
-            # here.
-            listing = ImageFolder(str(path / split), allow_empty=True)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise ValueError(
-                f"data {path}: {split}/ must hold one folder of images per class: {error}"
-            ) from error
-        if not listing.samples:
-            raise ValueError(f"data {path}: {split}/ must hold images in its class folders, got none")
+        folders = sorted(p for p in (path / split).glob("*") if p.is_dir() and not p.name.startswith("."))
+        if not folders:
+            raise ValueError(f"data {path}: {split}/ must hold one folder of images per class, got none")
         if split == "train":
-            classes = listing.classes
-        unknown = sorted(set(listing.classes) - set(classes))
+            classes = [p.name for p in folders]
+        unknown = sorted({p.name for p in folders} - set(classes))
         if unknown:
             raise ValueError(f"data {path}: val/ has classes that train/ lacks: {', '.join(unknown[:5])}")
         # The numbering is train's: a class that val lacks must not shift the others.
-        found[split] = [(file, classes.index(listing.classes[label])) for file, label in listing.samples]
+        found[split] = [
+            (file, classes.index(folder.name))
+            for folder in folders
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in _SUFFIXES
+        ]
+        if not found[split]:
+            raise ValueError(
+                f"data {path}: {split}/ must hold images ({', '.join(_SUFFIXES)}) in its class folders, "
+                "got none"
+            )
     splits = {
         split: LabelledImages(
             np.array([label for _, label in samples], dtype=np.int64),
             (imgsz, imgsz),
-            _FileReader([Path(file) for file, _ in samples], imgsz),
+            _FileReader([file for file, _ in samples], imgsz),
         )
         for split, samples in found.items()
     }
-    files = [Path(file) for samples in found.values() for file, _ in samples]
+    files = [file for samples in found.values() for file, _ in samples]
     return ImageData(splits["train"], splits["val"], tuple(classes), f"{files_digest(files, path)}-{imgsz}")
 
 

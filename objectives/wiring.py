@@ -44,7 +44,9 @@ def wiring(model: nn.Module, example: Tensor) -> Wiring:
     # The caller may be inside `inference_mode`, where nothing has a graph.
     with torch.inference_mode(False), torch.enable_grad():
         twin = copy.deepcopy(model).eval().requires_grad_(True)
-        names = {m: n for n, m in twin.named_modules() if isinstance(m, (*_Layer, _BatchNorm))}
+        names: dict[nn.Module, str] = {
+            m: n for n, m in twin.named_modules() if isinstance(m, (*_Layer, _BatchNorm))
+        }
         runs: Counter[str] = Counter()
         made: dict[Any, str] = {}
         read: dict[str, Any] = {}

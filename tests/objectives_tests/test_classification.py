@@ -139,7 +139,7 @@ def test_reestimation_alone_mends_the_statistics_and_moves_no_weight(
     damaged.load_state_dict(trained.state_dict())
     damaged[1].running_mean.fill_(3)
     before = task.evaluate(task.predictor(damaged))
-    mended = task.recover(damaged, Recovery(epochs=0, device="cpu"), folder, lambda *_: True)
+    mended = task.recover(damaged, Recovery(epochs=0, device="cpu", threads=1), folder, lambda *_: True)
     assert task.evaluate(task.predictor(mended)) > max(before, 0.85)
     assert torch.equal(mended[0].weight, trained[0].weight)
 
@@ -170,7 +170,12 @@ def test_recovery_leaves_the_global_random_state_and_threads(task: Classificatio
 
 def test_a_diverging_recovery_is_an_error(task: ClassificationTask, folder: Path) -> None:
     with pytest.raises(FloatingPointError, match=r"became (nan|inf) in epoch .*finetune\.lr"):
-        task.recover(task.load_model(), Recovery(epochs=3, lr=1e12, device="cpu"), folder, lambda *_: True)
+        task.recover(
+            task.load_model(),
+            Recovery(epochs=1, lr=1e12, batch=64, device="cpu", threads=1),
+            folder,
+            lambda *_: True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -534,8 +539,8 @@ def test_resnet56_loads_the_published_weights() -> None:
     assert {"conv1", "linear", "layer2.0.conv2"} <= fixed
     assert "layer2.0.conv1" not in fixed
 
-    # 256 of the 4000 test images: enough to tell the published 0.885 from a wrong normalisation or shortcut.
-    images, labels = task._images.val.read(np.arange(256)), task._images.val.labels[:256]
+    # 128 of the 4000 test images: enough to tell the published 0.885 from a wrong normalisation or shortcut.
+    images, labels = task._images.val.read(np.arange(128)), task._images.val.labels[:128]
     with torch.inference_mode():
         guesses = task.deployable(model)(task._normalise(images)).argmax(1).numpy()
     assert (guesses == labels).mean() > 0.8
