@@ -17,14 +17,17 @@ from .artifact import Artifact, LayerSpec
 from .device import Device
 from .latency_model import Floats, LatencyModel
 from .timing import Timing
+from .variants import Variant, choose_multiple, relative_latency, trial_variants
 
 FORMAT_VERSION = 1
 OTHER = "other"
+SIDES = ("in_channels", "out_channels")
 
 
 @dataclass(frozen=True)
 class LayerProfile:
-    """One layer's shape and latency; channels, kernel, stride, groups, input_hw as in `LayerSpec`.
+    """One layer's shape and latency; channels, kernel, stride, groups, input_hw, output_hw as in
+    `LayerSpec`.
 
     Attributes:
         op: "conv", "conv_transpose", "linear", or "other" for operators that are no layer (channels 0 then).
@@ -40,9 +43,10 @@ class LayerProfile:
     groups: int
     input_hw: tuple[int, ...]
     timing: Timing
+    output_hw: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for key in ("kernel", "stride", "input_hw"):
+        for key in ("kernel", "stride", "input_hw", "output_hw"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
 
     @classmethod
@@ -57,6 +61,7 @@ class LayerProfile:
             groups=spec.groups,
             input_hw=spec.input_hw,
             timing=timing,
+            output_hw=spec.output_hw,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -197,21 +202,6 @@ class LatencyProfile:
         )
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A version of the model that a profile wants to measure.
-
-    Attributes:
-        ratio: share of the prunable channels to remove, at random over all groups; 0 is the unpruned model.
-        round_to: kept widths are multiples of this.
-        seed: of the random choice.
-    """
-
-    ratio: float = 0.0
-    round_to: int = 1
-    seed: int = 0
-
-
 def build_profile(
     device: Device,
     export: Callable[[Variant], Artifact],
@@ -222,10 +212,11 @@ def build_profile(
     warmup: int = 5,
     progress: Callable[[str], None] | None = None,
 ) -> LatencyProfile:
-    """Profile a model on a device and fit its latency model.
+    """Profile a model on a device, find the device's channel multiple and make the latency model.
 
     Args:
-        export: makes the artifact of a variant; its layers say the widths.
+        export: makes the artifact of a variant; its layers say the widths. Called with the unpruned model
+            first.
         model_key: names the model in the profile.
         kind: of latency model, "linear" or "bilinear".
         repeats, warmup: inferences of the layer profile, K and those before it in the paper.
@@ -234,12 +225,13 @@ def build_profile(
     """
     from .measure import profile_layers
 
-    if progress:
-        progress(f"profiling {model_key} on {device.name}")
+    say = progress or (lambda text: None)
+    say(f"profiling {model_key} on {device.name}")
     artifact = export(Variant())
     entries = profile_layers(device, artifact, repeats=repeats, warmup=warmup)
     layers = tuple(entry for entry in entries if entry.op != OTHER)
     other = {entry.layer: entry.timing.mean_ms for entry in entries if entry.op == OTHER}
+    model_ms = sum(entry.timing.mean_ms for entry in entries)
     model = LatencyModel.from_layers(
         kind,
         [layer.timing.mean_ms for layer in layers],
@@ -248,14 +240,21 @@ def build_profile(
         [layer.groups for layer in layers],
         sum(other.values()),
     )
+    variants = trial_variants()
+    artifacts = [export(variant) for variant in variants]
+    relative, error = relative_latency(device, artifacts, artifact, progress)
+    ins, outs = (np.array([[getattr(spec, side) for spec in a.layers] for a in artifacts]) for side in SIDES)
+    work = model.predict_many(ins, outs) / model_ms
+    multiple = choose_multiple(variants, relative, work, error, model.out_channels)
+    say(f"{device.name} works best with channels in multiples of {multiple}")
     return LatencyProfile(
         device=device,
         fingerprint=device.fingerprint,
         model_key=model_key,
         input_shape=artifact.input_shape,
         layers=layers,
-        model_ms=sum(entry.timing.mean_ms for entry in entries),
+        model_ms=model_ms,
         other=other,
-        channel_multiple=8,
+        channel_multiple=multiple,
         model=model,
     )

@@ -128,7 +128,7 @@ def measure(
 
 
 def profile_layers(
-    device: Device, artifact: Artifact, *, repeats: int = 50, warmup: int = 5
+    device: Device, artifact: Artifact, *, repeats: int = 50, warmup: int = 5, model_ms: float | None = None
 ) -> tuple[LayerProfile, ...]:
     """Latency of every layer in the device's own runtime, and of everything else.
 
@@ -139,6 +139,7 @@ def profile_layers(
     Args:
         repeats: profiled inferences, K in the paper; at least 1.
         warmup: inferences before them.
+        model_ms: latency of the model without a profiler where it is known; measured otherwise.
 
     Returns:
         One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other"
@@ -149,7 +150,8 @@ def profile_layers(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    model_ms = measure(device, artifact, rounds=3).p50_ms
+    if model_ms is None:
+        model_ms = measure(device, artifact, rounds=3).p50_ms
     spec = _spec(device, artifact)
     with _measuring(device) as connection:
         spec["path"] = connection.send_file(artifact.path, artifact.digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -139,6 +140,7 @@ class Shop:
         profile = build_profile(
             device, lambda variant: self._variant(device, variant, folder), self.task.model_key, progress=self.notice
         )
+        shutil.rmtree(folder, ignore_errors=True)  # a dozen models that nobody needs again
         cache, key = self._profile_entry(device, device.fingerprint)
         cache.put("profile", key, profile.to_json())
         return profile
@@ -162,7 +164,7 @@ class Shop:
             return self.baseline(device)
         rng = np.random.default_rng(variant.seed)
         # One share per group, so that the variants differ in shape and not only in size.
-        scores = [rng.random(g.channels) + rng.normal(0.0, 0.25) for g in self.groups.groups]
+        scores = [rng.random(g.channels) + rng.normal(0.0, variant.spread) for g in self.groups.groups]
         total, weights = self.groups.prunable_channels, self.groups.weights
         removed = rank(
             self.groups,
@@ -173,7 +175,7 @@ class Shop:
         )
         plan = PruningPlan.of(self.task.model_key, self.groups, removed)
         model = prune(self.task.load_model(), plan, self.task.settle)
-        name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}"
+        name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}-{variant.spread:g}"
         return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
 
     def bench(self, device: Device) -> Bench:

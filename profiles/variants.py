@@ -1,0 +1,188 @@
+"""Randomly pruned versions of a model, measured on a device, and the channel multiple they show.
+
+Decides which versions a profile needs and compares their times; knows neither how a version is made (the
+caller's `export` does that) nor how a latency model is fitted to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .artifact import Artifact
+from .device import Device
+
+if TYPE_CHECKING:
+    from .latency_profile import LayerProfile
+
+Floats = NDArray[np.float64]
+
+#: Multiples that runtimes are known to step at: 16 and 8 are vector widths, 4 is a common packing.
+MULTIPLES = (1, 4, 8, 16)
+#: Each multiple is tried at these shares, so that one lucky set of widths does not decide.
+RATIOS = (0.35, 0.6)
+#: A coarser multiple must be faster by this share: coarser widths cost accuracy.
+WORTH = 0.02
+MIN_PASSES, MAX_PASSES = 3, 6
+#: Standard error of a variant's time above which another pass is made.
+PASS_ERROR = 0.01
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A version of the model that a profile wants to measure.
+
+    Attributes:
+        ratio: share of the prunable channels to remove, at random over all groups; 0 is the unpruned model.
+        round_to: kept widths are multiples of this.
+        seed: of the random choice; variants that differ in `round_to` alone are the same choice, rounded.
+        spread: how much the groups' shares differ: the standard deviation of a shift of a group's scores,
+            which are uniform in [0, 1]. 0 prunes all alike; at 0.5 some groups go almost whole and some stay.
+    """
+
+    ratio: float = 0.0
+    round_to: int = 1
+    seed: int = 0
+    spread: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.ratio < 1:
+            raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
+        if self.round_to < 1:
+            raise ValueError(f"round_to must be at least 1, got {self.round_to}")
+        if self.spread < 0:
+            raise ValueError(f"spread must not be negative, got {self.spread}")
+
+
+@dataclass(frozen=True)
+class MeasuredVariant:
+    """What one version of a model of L layers costs.
+
+    Attributes:
+        variant: which one.
+        in_channels, out_channels: its layers' widths, `(L,)`.
+        layer_ms: its layers' latencies, `(L,)`.
+        other: latency by kind of the operators that are no layer, in ms.
+    """
+
+    variant: Variant
+    in_channels: tuple[int, ...]
+    out_channels: tuple[int, ...]
+    layer_ms: tuple[float, ...]
+    other: Mapping[str, float]
+
+    def __post_init__(self) -> None:
+        if not len(self.in_channels) == len(self.out_channels) == len(self.layer_ms):
+            raise ValueError(
+                f"one width and one latency per layer, got {len(self.in_channels)} inputs, "
+                f"{len(self.out_channels)} outputs and {len(self.layer_ms)} latencies"
+            )
+
+    @classmethod
+    def of(cls, variant: Variant, entries: Sequence[LayerProfile]) -> MeasuredVariant:
+        """From the entries that `measure.profile_layers` returns.
+
+        Medians, which a disturbed inference does not move, brought back to the sum of the means.
+        """
+        layers = [entry for entry in entries if entry.op != "other"]
+        scale = sum(e.timing.mean_ms for e in entries) / sum(e.timing.p50_ms for e in entries)
+        return cls(
+            variant,
+            tuple(entry.in_channels for entry in layers),
+            tuple(entry.out_channels for entry in layers),
+            tuple(entry.timing.p50_ms * scale for entry in layers),
+            {entry.layer: entry.timing.p50_ms * scale for entry in entries if entry.op == "other"},
+        )
+
+    @property
+    def model_ms(self) -> float:
+        """Latency of the whole version."""
+        return float(sum(self.layer_ms) + sum(self.other.values()))
+
+
+def trial_variants() -> list[Variant]:
+    """The variants that show the channel multiple: each random choice at every multiple."""
+    return [Variant(ratio, m, seed=1 + i) for i, ratio in enumerate(RATIOS) for m in MULTIPLES]
+
+
+def further_variants(multiple: int) -> list[Variant]:
+    """More of them at the device's multiple, for the fit: shallow to deep, even to uneven."""
+    return [
+        Variant(0.2, multiple, seed=11, spread=0.4),
+        Variant(0.45, multiple, seed=12, spread=0.1),
+        Variant(0.5, multiple, seed=13, spread=0.6),
+        Variant(0.7, multiple, seed=14, spread=0.3),
+        Variant(0.8, multiple, seed=15, spread=0.2),
+    ]
+
+
+def relative_latency(
+    device: Device,
+    artifacts: Sequence[Artifact],
+    baseline: Artifact,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[Floats, float]:
+    """Latency of each artifact as a share of the baseline's, `(n,)`, and the standard error of its logarithm.
+
+    Passes go over all artifacts, each in a fresh process, forth and back, the baseline at both ends; what the
+    machine's speed does meanwhile is taken out by a straight line between the two. At least three passes,
+    more where they disagree.
+
+    Raises: as `measure.measure`.
+    """
+    from .measure import measure
+
+    logs: list[Floats] = []
+    while True:
+        order = range(len(artifacts)) if len(logs) % 2 == 0 else range(len(artifacts) - 1, -1, -1)
+        turns = [baseline, *(artifacts[i] for i in order), baseline]
+        ms = np.log([measure(device, artifact, rounds=1).p50_ms for artifact in turns])
+        ms -= np.linspace(ms[0], ms[-1], len(ms))
+        row = np.empty(len(artifacts))
+        row[list(order)] = ms[1:-1]
+        logs.append(row)
+        # One figure for all of them: with so few passes each one's own would be chance.
+        deviation = float(np.sqrt(np.mean(np.var(logs, axis=0, ddof=1)))) if len(logs) > 1 else math.inf
+        error = deviation / math.sqrt(len(logs))
+        if progress:
+            known = f" ± {error:.1%}" if error < 1 else ""
+            progress(f"pass {len(logs)} over {len(artifacts)} variants{known}")
+        if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and error <= PASS_ERROR):
+            break
+    return np.exp(np.median(logs, axis=0)), error
+
+
+def choose_multiple(
+    variants: Sequence[Variant],
+    relative: ArrayLike,
+    work: ArrayLike,
+    error: float,
+    out_channels: Sequence[int],
+) -> int:
+    """The channel multiple at which a device does the most work per millisecond.
+
+    Args:
+        variants, relative, work: n variants, their measured latencies and what they should cost by a model
+            without steps, both relative to the unpruned model. Variants of one seed are compared with each
+            other.
+        error: standard error of `relative`, as a share.
+        out_channels: widths of the unpruned layers: a multiple above a quarter of the middle one is not
+            considered, since it would leave most layers nothing to choose from.
+
+    Returns:
+        The smallest multiple that is as good as the best within 2% or the error of the comparison.
+    """
+    log_cost = np.log(np.asarray(relative) / np.asarray(work))
+    costs: dict[int, list[float]] = {}
+    for variant, cost in zip(variants, log_cost, strict=True):
+        costs.setdefault(variant.round_to, []).append(float(cost))
+    widest = max(float(np.median(out_channels)) / 4, 1.0)
+    mean = {m: float(np.mean(found)) for m, found in costs.items() if m <= widest or m == min(costs)}
+    # A difference of two means, each over as many variants as there are seeds.
+    noise = 1.65 * error * math.sqrt(2 / min(len(found) for found in costs.values()))
+    return min(m for m, cost in mean.items() if cost <= min(mean.values()) + max(WORTH, noise))

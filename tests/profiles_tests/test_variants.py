@@ -1,0 +1,107 @@
+"""The channel multiple, from costs made by hand and from real artifacts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+
+from profiles import measure
+from profiles.artifact import Artifact
+from profiles.device import Device
+from profiles.timing import Timing
+from profiles.variants import (
+    MULTIPLES,
+    MeasuredVariant,
+    Variant,
+    choose_multiple,
+    further_variants,
+    relative_latency,
+    trial_variants,
+)
+
+WIDE = [64, 128, 256]
+
+
+def relative(step: int, work: Sequence[float], gain: float = 0.25) -> list[float]:
+    """Measured latencies on a device that loses `gain` where widths are no multiples of `step`."""
+    variants = trial_variants()
+    return [w * (1 if v.round_to % step == 0 else 1 + gain) for v, w in zip(variants, work, strict=True)]
+
+
+@pytest.mark.parametrize("step", MULTIPLES)
+def test_the_multiple_is_the_devices_step(step: int) -> None:
+    rng = np.random.default_rng(step)
+    variants = trial_variants()
+    # Rounding changes the work somewhat: only the cost per work may decide.
+    work = [(1 - v.ratio) ** 2 * rng.uniform(0.8, 1.2) for v in variants]
+    for error in (0.001, 0.01):
+        times = np.array(relative(step, work)) * np.exp(rng.normal(0, error, len(variants)))
+        assert choose_multiple(variants, times.tolist(), work, error, WIDE) == step
+
+
+def test_a_gain_that_is_noise_or_not_worth_it_gives_the_smaller_multiple() -> None:
+    variants = trial_variants()
+    work = [1 - v.ratio for v in variants]
+    assert choose_multiple(variants, relative(8, work, 0.01), work, 0.001, WIDE) == 1
+    assert choose_multiple(variants, relative(8, work, 0.10), work, 0.10, WIDE) == 1
+    assert choose_multiple(variants, relative(8, work, 0.10), work, 0.01, WIDE) == 8
+
+
+def test_a_multiple_that_leaves_nothing_to_choose_is_not_considered() -> None:
+    variants = trial_variants()
+    work = [1 - v.ratio for v in variants]
+    assert choose_multiple(variants, relative(16, work), work, 0.001, [32, 32, 64]) < 16
+    assert choose_multiple(variants, relative(16, work), work, 0.001, [2, 2, 4]) == 1
+
+
+def test_drift_of_the_machine_does_not_reach_the_relative_latencies(
+    monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
+) -> None:
+    device = Device("here", "onnxruntime")
+    small, large = export(device, 8), export(device, 16)
+    asked: list[str] = []
+
+    def slower_each_time(device: Device, artifact: Artifact, rounds: int) -> Timing:
+        asked.append(artifact.digest)
+        own = {small.digest: 3.0, large.digest: 10.0}[artifact.digest]
+        return Timing((own * math.exp(0.03 * len(asked)),), 0)
+
+    monkeypatch.setattr(measure, "measure", slower_each_time)
+    found, error = relative_latency(device, [small, large, small], large)
+    np.testing.assert_allclose(found, [0.3, 1.0, 0.3])
+    assert error == pytest.approx(0, abs=1e-9)
+    assert len(asked) == 3 * 5
+
+
+def test_disagreeing_passes_are_repeated(
+    monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
+) -> None:
+    device = Device("here", "onnxruntime")
+    artifact = export(device, 8)
+    rng = np.random.default_rng(0)
+    asked: list[float] = []
+
+    def noisy(device: Device, artifact: Artifact, rounds: int) -> Timing:
+        asked.append(float(np.exp(rng.normal(0, 0.1))))
+        return Timing((asked[-1],), 0)
+
+    monkeypatch.setattr(measure, "measure", noisy)
+    _, error = relative_latency(device, [artifact] * 8, artifact)
+    assert 0.02 < error < 0.1
+    assert len(asked) == 6 * 10
+
+
+def test_variants_are_checked_and_distinct() -> None:
+    everything = [*trial_variants(), *further_variants(8)]
+    assert len(set(everything)) == len(everything)
+    with pytest.raises(ValueError, match=r"ratio must be in \[0, 1\), got 1"):
+        Variant(1.0)
+    with pytest.raises(ValueError, match="round_to must be at least 1, got 0"):
+        Variant(0.1, 0)
+    with pytest.raises(ValueError, match="spread must not be negative"):
+        Variant(0.1, spread=-1)
+    with pytest.raises(ValueError, match="one width and one latency per layer"):
+        MeasuredVariant(Variant(), (1, 2), (1, 2), (1.0,), {})
