@@ -6,7 +6,6 @@ devices, scores, plans or trials.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import math
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from .batchnorm import reestimate_batchnorm
+from .best import BestWeights
 from .builder import build_model, load_weights
+from .compute import cpu_threads, resolve_device
 from .digest import model_digest
 from .images import ImageData, LabelledImages, open_images
 from .task import EpochCallback, Predictor, Recovery, Traceable
@@ -193,17 +194,26 @@ class ClassificationTask:
         `shift` (pixels an image may move, an eighth of its side), `warmup_epochs` (0.5). `lr` is 0.01 for
         batches of 64, in proportion for others, where none is given.
         """
-        device = torch.device(_device(recovery.device))
+        device = torch.device(resolve_device(recovery.device))
         settings = _Settings.of(recovery.options)
         devices = [device] if device.type == "cuda" else []
-        with _threads(recovery.threads), torch.random.fork_rng(devices=devices):
+        with cpu_threads(recovery.threads), torch.random.fork_rng(devices=devices):
             torch.manual_seed(recovery.seed)
             model = model.to(device)
+            best = BestWeights()
+            best.offer(model, self._accuracy(model.eval()))
             if recovery.reestimate_images:
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
                 reestimate_batchnorm(model, (b.images.to(device) for b in batches))
-            if recovery.epochs > 0:
-                self._train(model, recovery, settings, device, on_epoch)
+                best.offer(model, self._accuracy(model.eval()))
+
+            def judge(done: int, epochs: int, accuracy: float) -> bool:
+                best.offer(model, accuracy)
+                return on_epoch(done, epochs, accuracy)
+
+            if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
+                self._train(model, recovery, settings, device, judge)
+            best.restore(model)
         return model.cpu().float().eval().requires_grad_(True)
 
     def _train(
@@ -368,20 +378,3 @@ def _augment(pixels: Tensor, settings: _Settings, random: np.random.Generator) -
     return padded[
         torch.arange(count)[:, None, None, None], torch.arange(3)[None, :, None, None], rows, columns
     ]
-
-
-def _device(device: str) -> str:
-    if device != "auto":
-        return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if threads:
-        torch.set_num_threads(threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .batchnorm import reestimate_batchnorm
 from .best import BestWeights
+from .compute import cpu_threads, resolve_device
 from .digest import files_digest, model_digest
 from .task import EpochCallback, Predictor, Recovery, Traceable
 
@@ -222,7 +223,7 @@ class DetectionTask:
             best.offer(model, self.evaluate(self.predictor(model)))
         if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
             trainer = _RecoveryTrainer(self, model, recovery, folder, on_epoch, best)
-            with _torch_threads(recovery.threads):
+            with cpu_threads(recovery.threads):
                 trainer.train()
             model = trainer.ema.ema
         model = best.restore(model.to("cpu").float().eval())
@@ -407,28 +408,6 @@ class _RecoveryTrainer(PrunedTrainer):
 
 class _Judge(DetectionValidator):  # type: ignore[misc]
     """Ultralytics' matching and mAP, fed from any predictor."""
-
-
-def resolve_device(device: str) -> str:
-    """"auto" becomes CUDA where there is one, else the CPU."""
-    if device != "auto":
-        return device
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
-class _torch_threads:
-    """Set torch's CPU threads for a block; None leaves them."""
-
-    def __init__(self, threads: int | None):
-        self._threads = threads
-
-    def __enter__(self) -> None:
-        self._before = torch.get_num_threads()
-        if self._threads:
-            torch.set_num_threads(self._threads)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_num_threads(self._before)
 
 
 def _scratch() -> Path:

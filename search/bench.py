@@ -210,10 +210,13 @@ def open_task(study: StudyFile) -> Task:
             data=study.data,
             imgsz=study.imgsz,
             folder=study.source.parent,
+            arguments=dict(study.model.arguments),
+            mean=study.model.mean,
+            std=study.model.std,
         )
     from objectives.detection import DetectionTask
 
-    return DetectionTask(model=study.model, data=study.data, imgsz=study.imgsz)
+    return DetectionTask(model=study.model, data=study.data, imgsz=study.imgsz or 640)
 
 
 def _short(text: str) -> str:

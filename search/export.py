@@ -3,7 +3,7 @@
     DIR/  the runtime's model file (model.onnx, model.pt2, ...), model.pt (for detection, opens with YOLO), plan.json, metrics.json
 
 Replays the trial's plan on the original weights, loads the recovered state, and compares the artifact with the PyTorch model on real images
-and with the accuracy that the trial recorded.
+and with the accuracy that the trial recorded. Of MLflow it knows the model registry, nothing else.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 from profiles.artifact import open_artifact
 
 from .bench import Shop
-from .launch import fronts_of, installed_version
+from .launch import fronts_of, installed_version, open_tracker
 from .plan import PruningPlan
 from .prune import check_widths, prune
 from .result import TrialResult
@@ -29,6 +29,7 @@ from .trial import PARITY_TOLERANCE, check_parity, export_model
 from .workspace import Workspace, write_json
 
 FORMAT_VERSION = 1
+_REGISTERED_PATH = "export"
 #: How far the accuracy through the exported artifact may lie from the recorded one.
 ACCURACY_TOLERANCE = 0.005
 _PARITY_IMAGES = 8
@@ -93,8 +94,6 @@ def export_best(
             shutil.rmtree(target)
         folder.replace(target)
     if register:
-        from .registry import register_export
-
         notice(register_export(study, device, target, run_id))
     return target
 
@@ -173,6 +172,43 @@ def _latency_interval(result: TrialResult) -> list[float] | None:
 
 def _sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def register_export(study: StudyFile, device: str, folder: Path, run_id: str | None) -> str:
+    """Log an exported folder to its trial's run and register it.
+
+    The version gets the alias `champion`; the version that had it becomes `previous`.
+
+    Args:
+        run_id: MLflow's run of the exported trial.
+
+    Returns:
+        A line that says what was registered.
+
+    Raises:
+        SearchError: the trial has no run in MLflow yet.
+        TrackingError: MLflow does not answer.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if run_id is None:
+        raise SearchError(f"trial to register has no run in MLflow; run paretoprune search {study.source.name} to send what waits")
+    client = open_tracker(study).client()
+    name = f"{study.name}.{device}"
+    client.log_artifacts(run_id, str(folder), _REGISTERED_PATH)
+    try:
+        client.get_registered_model(name)
+    except MlflowException:
+        client.create_registered_model(name, tags={"study": study.name, "device": device})
+    try:
+        before: str | None = client.get_model_version_by_alias(name, "champion").version
+    except MlflowException:
+        before = None
+    version = client.create_model_version(name, source=f"runs:/{run_id}/{_REGISTERED_PATH}", run_id=run_id).version
+    if before is not None:
+        client.set_registered_model_alias(name, "previous", before)
+    client.set_registered_model_alias(name, "champion", version)
+    return f"registered {name} version {version} as champion" + (f", version {before} is previous" if before else "")
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from .bench import Shop
 from .front import ParetoFront
 from .plan import PruningPlan
-from .report import layer_widths, write_report
+from .report import layer_widths, write_figure, write_report
 from .result import TrialResult
 from .study import DeviceStudy, Progress, SearchError, open_storage, run_search
 from .studyfile import StudyFile
@@ -70,7 +70,7 @@ class MlflowRecorder:
                 "runtime": bench.device.runtime,
                 "threads": bench.device.threads,
                 "precision": bench.device.precision,
-                "imgsz": study.imgsz,
+                "imgsz": bench.task.input_shape[-1],
                 "trials": study.trials,
                 "sampler": study.search.sampler,
                 "seed": study.seed,
@@ -205,7 +205,7 @@ def record_front(study: StudyFile, shop: Shop, tracker: Tracker, found: Found) -
         files = {}
         for name, figure in figures(study, shop, found).items():
             path = Path(scratch) / f"{name}.html"
-            figure.write_html(path, include_plotlyjs=True)
+            write_figure(path, figure)
             files[f"figures/{name}.html"] = path
         tracker.log_front(found.front, files)
 

@@ -187,10 +187,13 @@ class DeviceSection(_Section):
 
 
 class ModelSection(_Section):
-    """Any nn.Module: a function that builds it, and its weights."""
+    """Any nn.Module: a function that builds it (called with `arguments`), its weights, and how it wants its pixels."""
 
     builder: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
     weights: Word | None = None
+    arguments: Mapping[str, Any] = Field(default_factory=dict)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
 class StudyFile(_Section):
@@ -199,7 +202,7 @@ class StudyFile(_Section):
     name: Word
     model: ModelSection | Word
     data: Word
-    imgsz: Annotated[int, Field(ge=1)] = 640
+    imgsz: Annotated[int, Field(ge=1)] | None = None
     devices: tuple[DeviceSection, ...] = Field(min_length=1)
     search: SearchSection = SearchSection()
     calibration: CalibrationSection = CalibrationSection()
