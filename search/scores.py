@@ -115,7 +115,7 @@ def taylor(
     from torch import nn
 
     model.eval()
-    names = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    names: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     totals: dict[str, FloatArray] = {}
     images = 0
     done = 0
@@ -148,7 +148,8 @@ class _ActivationMaps:
     """Follows each layer's output through batch norm and activation modules during one forward pass.
 
     Works on tensor identity rather than on module structure, so it needs no knowledge of a framework's blocks. Identities are
-    safe because every followed tensor is kept alive here.
+    safe because every followed tensor is kept alive here. A tensor that was written to in between (`out += shortcut`) is no
+    longer the layer's own map, and is not followed further.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
@@ -161,31 +162,30 @@ class _ActivationMaps:
         from torch.nn.modules.batchnorm import _BatchNorm
 
         maps: dict[str, Tensor] = {}
-        owner: dict[int, str] = {}
+        owner: dict[int, tuple[str, int]] = {}  # tensor to its layer and its version
+        entering: dict[nn.Module, str | None] = {}
         keep: list[Tensor] = []
 
+        def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            # Before the module runs: one that works in place changes its input's version itself.
+            name, version = owner.get(id(inputs[0]), (None, -1)) if len(inputs) == 1 else (None, -1)
+            entering[module] = name if name is not None and inputs[0]._version == version else None
+
         def follow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-            if not isinstance(output, torch.Tensor):
-                return None
-            if module in self._names:
-                name = self._names[module]
-            elif len(inputs) == 1 and isinstance(inputs[0], torch.Tensor) and id(inputs[0]) in owner:
-                name = owner[id(inputs[0])]
-            else:
+            name = self._names[module] if module in self._names else entering.get(module)
+            if name is None or not isinstance(output, torch.Tensor):
                 return None
             maps[name] = output
             # The network goes on with a copy: `out += shortcut` would otherwise change the recorded map in place.
             onward = output.clone()
-            owner[id(onward)] = name
+            owner[id(onward)] = (name, onward._version)
             keep.append(onward)
             return onward
 
         elementwise = (_BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.ELU)
-        self._handles = [
-            m.register_forward_hook(follow)
-            for m in self._model.modules()
-            if m in self._names or isinstance(m, elementwise)
-        ]
+        followers = [m for m in self._model.modules() if isinstance(m, elementwise)]
+        self._handles = [m.register_forward_pre_hook(look) for m in followers]
+        self._handles += [m.register_forward_hook(follow) for m in (*self._names, *followers)]
         self._keep = keep
         return maps
 
