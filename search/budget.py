@@ -47,7 +47,7 @@ def share_removed(ratio_of: str, groups: ChannelGroups, profile: LatencyProfile)
         pixels = np.array([float(np.prod(layer.output_hw)) if ratio_of == "macs" else 1.0 for layer in profile.layers])
         factor = pixels * np.array([float(np.prod(layer.kernel)) / layer.groups for layer in profile.layers])
         # A depthwise layer's channels cancel: in x out / groups is its width, whatever the width is.
-        depthwise = np.array([layer.groups > 1 for layer in profile.layers])
+        depthwise = np.array([1 < layer.groups == layer.in_channels for layer in profile.layers])
         factor[depthwise] *= np.array([layer.groups for layer in profile.layers])[depthwise]
 
         def cost(removed: IntArray) -> float:
