@@ -67,10 +67,10 @@ class Artifact:
     """An exported model.
 
     Attributes:
-        path: the model file.
+        path: the model file; where a runtime needs two, the one that says the structure.
         runtime, precision: what it was exported for.
         input_shape: `(1, channels, height, width)`.
-        digest: sha256 of the file.
+        digest: sha256 over all its files.
         layers: convolutions and linear layers in order of execution.
     """
 
@@ -93,6 +93,11 @@ class Artifact:
             "layers": [layer.to_json() for layer in self.layers],
         }
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All its files, `path` first."""
+        return model_files(self.path)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any], folder: Path) -> Artifact:
         """Read the record of a file in `folder`.
@@ -106,17 +111,29 @@ class Artifact:
                 f"artifact format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}"
             )
         path = folder / data["path"]
-        digest = file_digest(path)
+        digest = model_digest(path)
         if digest != data["digest"]:
             raise ValueError(f"{path} has sha256 {digest}, its record says {data['digest']}; export it again")
         layers = tuple(LayerSpec.from_json(layer) for layer in data["layers"])
         return cls(path, data["runtime"], data["precision"], tuple(data["input_shape"]), digest, layers)
 
 
-def file_digest(path: Path) -> str:
-    """sha256 of a file's content, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def model_files(path: Path) -> tuple[Path, ...]:
+    """All files of a model, the one that says the structure first."""
+    return (path, path.with_suffix(".bin")) if path.suffix in (".xml", ".param") else (path,)
+
+
+def model_digest(path: Path) -> str:
+    """sha256 of a model's content, hexadecimal: of its file, or of its files' digests where it has several.
+
+    Raises:
+        FileNotFoundError: a file is gone.
+    """
+    digests = []
+    for name in model_files(path):
+        with name.open("rb") as file:
+            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def export_artifact(
@@ -126,7 +143,11 @@ def export_artifact(
     input_shape: tuple[int, ...],
     metadata: Mapping[str, str] | None = None,
 ) -> Artifact:
-    """Write a module for a device's runtime: `model.onnx` or `model.pt2` in `folder`, made where missing.
+    """Write a module for a device's runtime into `folder`, which is made where missing.
+
+    `model.pt2` for torch, `model.onnx` for onnxruntime, `model.xml` and `.bin` for openvino,
+    `model.ncnn.param` and `.bin` for ncnn (metadata beside it in `model.ncnn.json`). Weights stay fp32 in
+    the file; the runtime computes in the device's precision.
 
     Args:
         module: in eval mode on the CPU, batch norm fused, one input tensor, tensor outputs. It is not
@@ -135,21 +156,18 @@ def export_artifact(
         metadata: texts that the file carries.
 
     Raises:
-        ValueError: the runtime cannot be exported to, or a layer is lost on the way.
+        ValueError: a layer is lost on the way.
+        MissingRuntimeError: what converts to the runtime's format is not installed.
     """
     from .export import EXPORTERS, trace_layers
 
-    if device.runtime not in EXPORTERS:
-        raise ValueError(
-            f"device {device.name}: no exporter for runtime {device.runtime}; there is {', '.join(EXPORTERS)}"
-        )
     if module.training:
         raise ValueError("the module to export must be in eval mode; call .eval() and fuse batch norm first")
     folder.mkdir(parents=True, exist_ok=True)
     layers = trace_layers(module, input_shape)
     path, names = EXPORTERS[device.runtime](module, folder, input_shape, layers, dict(metadata or {}))
     layers = tuple(replace(layer, names=names.get(layer.layer, ())) for layer in layers)
-    return Artifact(path, device.runtime, device.precision, tuple(input_shape), file_digest(path), layers)
+    return Artifact(path, device.runtime, device.precision, tuple(input_shape), model_digest(path), layers)
 
 
 def open_artifact(
@@ -162,6 +180,7 @@ def open_artifact(
 
     Raises:
         MissingRuntimeError: the runtime is not installed.
+        RuntimeError: it would not compute in the artifact's precision here.
     """
     spec = {
         "path": str(artifact.path),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .artifact import LayerSpec
+from .export_ncnn import export_ncnn
+from .runner.sessions import import_runtime
 
 if TYPE_CHECKING:
     from torch import nn
@@ -180,4 +183,40 @@ def _content(values: np.ndarray[Any, Any]) -> str:
     return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 
-EXPORTERS: dict[str, Exporter] = {"torch": export_torch, "onnxruntime": export_onnx}
+def export_openvino(
+    module: nn.Module,
+    folder: Path,
+    input_shape: tuple[int, ...],
+    layers: tuple[LayerSpec, ...],
+    metadata: Mapping[str, str],
+) -> tuple[Path, dict[str, tuple[str, ...]]]:
+    """`model.xml` and `model.bin`, read from our ONNX file; metadata in the section `paretoprune` of rt_info.
+
+    Raises: as `export_onnx`; MissingRuntimeError without OpenVINO.
+    """
+    import_runtime("openvino")
+    import openvino
+
+    path = folder / "model.xml"
+    with tempfile.TemporaryDirectory() as between:
+        source, names = export_onnx(module, Path(between), input_shape, layers, {})
+        # Not `openvino.convert_model`, which reports its use over the network.
+        model = openvino.Core().read_model(str(source))
+        for op in model.get_ops():
+            # An operator with a bias is taken apart on reading and its name goes to the addition; OpenVINO
+            # calls the other half of a convolution after it, as done here for the others.
+            if op.get_friendly_name() in names and op.get_type_name() == "Add":
+                half = op.input_value(0).get_node()
+                half.set_friendly_name(f"{op.get_friendly_name()}/WithoutBiases")
+        for key, value in metadata.items():
+            model.set_rt_info(value, ["paretoprune", key])
+        openvino.save_model(model, str(path), compress_to_fp16=False)
+    return path, names
+
+
+EXPORTERS: dict[str, Exporter] = {
+    "torch": export_torch,
+    "onnxruntime": export_onnx,
+    "openvino": export_openvino,
+    "ncnn": export_ncnn,
+}

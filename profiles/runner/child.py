@@ -13,7 +13,7 @@ import sys
 import time
 from typing import IO, Any
 
-from .sessions import Session, TorchSession, open_session
+from .sessions import Session, open_session
 
 CAN_FORK = (
     hasattr(os, "fork") and sys.platform != "darwin"
@@ -53,8 +53,7 @@ def _load(spec: dict[str, Any]) -> tuple[Session, dict[str, Any]]:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec["cpus"])
     session = open_session(spec)
-    if isinstance(session, TorchSession):
-        session.prepare()
+    session.prepare()
     # At least `warmup` runs, then on until a quarter of a second has passed: clocks and caches need time,
     # not counts.
     start, runs = time.perf_counter(), 0

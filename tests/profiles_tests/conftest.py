@@ -52,7 +52,7 @@ def small_net() -> Callable[[int], nn.Module]:
     return make_small_net
 
 
-@pytest.fixture(scope="session", params=["onnxruntime", "torch"])
+@pytest.fixture(scope="session", params=["onnxruntime", "torch", "openvino", "ncnn"])
 def device(request: pytest.FixtureRequest) -> Device:
     return Device("here", request.param, threads=1)
 

@@ -1,0 +1,108 @@
+"""One open model in PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from .example import example_images
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+
+class TorchSession:
+    """An exported PyTorch program (`torch.export`), run eagerly. One provider: `cpu`, `cuda` or `cuda:1`."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import torch
+        import torch.export
+
+        self._torch = torch
+        self._threads = spec["threads"]
+        self._device = torch.device((spec.get("providers") or ["cpu"])[0])
+        if self._device.type == "cuda":
+            # fp32 means fp32: TF32 would be another precision under the same name.
+            torch.backends.cudnn.allow_tf32 = False
+            torch.backends.cuda.matmul.allow_tf32 = False
+        program = torch.export.load(spec["path"])
+        if self._device.type != "cpu":
+            from torch.export.passes import move_to_device_pass
+
+            program = move_to_device_pass(program, self._device)
+        try:
+            # Guards check the input's shape on every call, which a shipped model does not need.
+            self._module = program.module(check_guards=False)
+        except TypeError:
+            self._module = program.module()
+        self._example = torch.from_numpy(example_images(spec["input_shape"])).to(self._device)
+
+    @contextlib.contextmanager
+    def _own_threads(self) -> Iterator[None]:
+        before = self._torch.get_num_threads()
+        if before != self._threads:
+            self._torch.set_num_threads(self._threads)
+        try:
+            with self._torch.inference_mode():
+                yield
+        finally:
+            if before != self._threads:
+                self._torch.set_num_threads(before)
+
+    def _wait(self) -> None:
+        if self._device.type == "cuda":
+            self._torch.cuda.synchronize(self._device)
+
+    def run(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        with self._own_threads():
+            outputs = self._module(self._torch.from_numpy(images).to(self._device))
+        outputs = [outputs] if isinstance(outputs, self._torch.Tensor) else outputs
+        return [output.cpu().numpy() for output in outputs]
+
+    def once(self) -> None:
+        with self._torch.inference_mode():
+            self._module(self._example)
+            self._wait()
+
+    def prepare(self) -> None:
+        """Take over the process's thread count; only in a process of its own."""
+        self._torch.set_num_threads(self._threads)
+
+    def profile(self, repeats: int, warmup: int) -> list[dict[str, Any]]:
+        from torch import fx
+
+        session = self
+        times: dict[str, list[float]] = {}
+
+        class Timed(fx.Interpreter):
+            def run_node(self, n: fx.Node) -> Any:
+                if n.op != "call_function":
+                    return super().run_node(n)
+                session._wait()
+                start = time.perf_counter()
+                value = super().run_node(n)
+                session._wait()
+                times.setdefault(n.name, []).append((time.perf_counter() - start) * 1e3)
+                return value
+
+        interpreter = Timed(self._module)
+        with self._torch.inference_mode():
+            for _ in range(warmup + repeats):
+                interpreter.run(self._example)
+        nodes = []
+        for node in self._module.graph.nodes:
+            if node.name in times:
+                weights = [
+                    str(arg.target)
+                    for arg in node.args
+                    if isinstance(arg, fx.Node)
+                    and arg.op == "get_attr"
+                    and str(arg.target).endswith(".weight")
+                ]
+                name = weights[0].removesuffix(".weight") if weights else node.name
+                op = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+                nodes.append({"name": name, "op": op, "samples_ms": times[node.name][warmup:]})
+        return nodes
