@@ -1,0 +1,224 @@
+"""Fits a latency model to a few measured variants of a network.
+
+Knows layers as shapes and times; knows neither devices nor how the times were taken.
+
+There are more coefficients than a dozen variants can tell apart, so each is held near what its kind shows:
+a layer near all layers of its shape (operator, kernel, stride), those near all layers of the network, and
+these near the bilinear rule. How firmly is chosen by leaving out one variant at a time, which also gives the
+model's `error`. Coefficients are never negative: no wider layer may come out faster, steps apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .latency_model import Floats, LatencyModel, term_names, terms
+from .variants import MeasuredVariant
+
+if TYPE_CHECKING:
+    from .latency_profile import LayerProfile
+
+STEPS = (1, 4, 8, 16)
+#: How many measured variants a prior counts as: what cross-validation chooses from.
+FIRMNESS = (0.03, 0.1, 0.3, 1.0, 3.0)
+#: The network and its shapes see hundreds of times; more than a hint of the rule before hides the steps.
+_POOL_FIRMNESS = 0.03
+#: Operators that are no layer follow few numbers, seen once per variant and kind.
+_OTHER_FIRMNESS = 0.02
+
+
+@dataclass(frozen=True, eq=False)
+class _Observed:
+    """Arrays over V variants: of L layers, T terms, K kinds of other operators and S regressors."""
+
+    terms: Floats  # (V, L, T)
+    layer_ms: Floats  # (V, L)
+    other_ms: Floats  # (V, K)
+    maps: Floats  # (V, S): constant, then activations of the whole network, rounded or rough
+    model_ms: Floats  # (V,)
+
+    def without(self, variant: int) -> _Observed:
+        kept = np.arange(len(self.model_ms)) != variant
+        return _Observed(*(getattr(self, key)[kept] for key in self.__dataclass_fields__))
+
+
+@dataclass(frozen=True, eq=False)
+class _Network:
+    """What stays the same over the variants."""
+
+    classes: tuple[tuple[int, ...], ...]  # layers of one shape, by position
+    allowed: NDArray[np.bool_]  # (L, T)
+    rule: Floats  # (L, T): the bilinear rule, rows of sum 1
+    map_share: Floats  # (L,): a layer's share of the network's activations
+    map_terms: tuple[int, ...]  # the terms that `maps` sums up over layers
+
+
+def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> LatencyModel:
+    """Fit a model of kind "fitted".
+
+    Args:
+        layers: the unpruned layers.
+        measured: at least four variants of the network; the first is the unpruned one.
+
+    Raises:
+        ValueError: too few variants, or one with other layers.
+    """
+    if len(measured) < 4:
+        raise ValueError(f"a fit needs at least four measured variants, got {len(measured)}")
+    wrong = [len(m.layer_ms) for m in measured if len(m.layer_ms) != len(layers)]
+    if wrong:
+        raise ValueError(f"every variant must have the model's {len(layers)} layers, got one of {wrong[0]}")
+    network, observed = _network(layers), _observed(layers, measured)
+    errors = {firmness: _left_out_errors(network, observed, firmness) for firmness in FIRMNESS}
+    best = min(FIRMNESS, key=lambda firmness: float(np.sqrt(np.mean(errors[firmness] ** 2))))
+    coefficients, constant_ms = _fit(network, observed, best)
+    return LatencyModel(
+        kind="fitted",
+        in_channels=tuple(layer.in_channels for layer in layers),
+        out_channels=tuple(layer.out_channels for layer in layers),
+        coefficients=tuple(tuple(float(f"{c:.6g}") for c in row) for row in coefficients),
+        other_ms=constant_ms,
+        steps=STEPS,
+        error=float(np.percentile(np.abs(errors[best]), 90)),
+    )
+
+
+def _network(layers: Sequence[LayerProfile]) -> _Network:
+    names = term_names(STEPS)
+    shapes: dict[tuple[object, ...], list[int]] = {}
+    allowed = np.ones((len(layers), len(names)), dtype=bool)
+    rule = np.zeros((len(layers), len(names)))
+    maps = np.zeros(len(layers))
+    for i, layer in enumerate(layers):
+        depthwise = layer.groups > 1 and layer.groups == layer.in_channels
+        shapes.setdefault((layer.op, layer.kernel, layer.stride, depthwise), []).append(i)
+        rule[i, names.index("out/1" if depthwise else "pair/1")] = 1.0
+        if depthwise:  # Its two widths are one: the output's terms say it all.
+            allowed[i] = [name.startswith(("constant", "out", "rough_map")) for name in names]
+        maps[i] = layer.out_channels * np.prod(layer.output_hw or (1,))
+    map_terms = tuple(t for t, name in enumerate(names) if name.startswith(("out/", "rough_map/")))
+    classes = tuple(tuple(found) for found in shapes.values())
+    return _Network(classes, allowed, rule, maps / maps.sum(), map_terms)
+
+
+def _observed(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> _Observed:
+    base_in = np.array([layer.in_channels for layer in layers], dtype=float)
+    base_out = np.array([layer.out_channels for layer in layers], dtype=float)
+    ins = np.array([m.in_channels for m in measured], dtype=float)
+    outs = np.array([m.out_channels for m in measured], dtype=float)
+    found = terms(ins, outs, base_in, base_out, STEPS)
+    kinds = sorted({kind for m in measured for kind in m.other})
+    network = _network(layers)
+    maps = np.einsum("vlt,l->vt", found[:, :, network.map_terms], network.map_share)
+    return _Observed(
+        terms=found,
+        layer_ms=np.array([m.layer_ms for m in measured]),
+        other_ms=np.array([[m.other.get(kind, 0.0) for kind in kinds] for m in measured]),
+        maps=np.column_stack([np.ones(len(measured)), maps]),
+        model_ms=np.array([m.model_ms for m in measured]),
+    )
+
+
+def _left_out_errors(network: _Network, observed: _Observed, firmness: float) -> Floats:
+    """Relative errors of each pruned variant's latency, predicted without it."""
+    errors = []
+    for left_out in range(1, len(observed.model_ms)):
+        coefficients, constant_ms = _fit(network, observed.without(left_out), firmness)
+        predicted = constant_ms + float(np.sum(observed.terms[left_out] * coefficients))
+        errors.append(predicted / observed.model_ms[left_out] - 1)
+    return np.array(errors)
+
+
+def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Floats, float]:
+    """Coefficients `(L, T)` in ms and the constant in ms."""
+    # Errors count as shares of the variant's own latency: a deep cut's tenth of a millisecond is a lot.
+    weight = 1 / observed.model_ms
+    whole = observed.model_ms[0]
+    base_ms = observed.layer_ms[0]
+    everything = tuple(range(len(base_ms)))
+    shared = _pool(network, observed, everything, network.rule, weight, _POOL_FIRMNESS)
+    result = np.zeros_like(network.rule)
+    for members in network.classes:
+        # A shape's own figures, as far as its layers can tell them from the network's.
+        prior = _pool(network, observed, members, shared, weight, _POOL_FIRMNESS)
+        for layer in members:
+            result[layer] = _held(
+                observed.terms[:, layer] * weight[:, None],
+                observed.layer_ms[:, layer] * weight,
+                prior[layer] * base_ms[layer],
+                network.allowed[layer],
+                np.sqrt(firmness) / whole,
+            )
+    constant_ms = 0.0
+    for kind in observed.other_ms.T:
+        prior = np.zeros(observed.maps.shape[1])
+        prior[0] = kind[0]
+        found = _held(
+            observed.maps * weight[:, None],
+            kind * weight,
+            prior,
+            np.ones(len(prior), dtype=bool),
+            np.sqrt(_OTHER_FIRMNESS) / whole,
+        )
+        constant_ms += float(found[0])
+        result[:, network.map_terms] += network.map_share[:, None] * found[1:]
+    return result, constant_ms
+
+
+def _pool(
+    network: _Network,
+    observed: _Observed,
+    members: tuple[int, ...],
+    prior: Floats,
+    weight: Floats,
+    firmness: float,
+) -> Floats:
+    """Coefficients that layers have in common, as shares of each one's unpruned latency.
+
+    Returns:
+        `(L, T)`; rows of `members` are filled, the sum of a row's terms is 1 for the unpruned layer.
+    """
+    base_ms = observed.layer_ms[0]
+    whole = observed.model_ms[0]
+    chosen = list(members)
+    # Beside the shares, a time that every layer takes however small it is.
+    overhead_ms = np.full(len(chosen), float(np.median(base_ms)))
+    scaled = observed.terms[:, chosen] * base_ms[chosen][:, None] * network.allowed[chosen]
+    rows = np.concatenate([scaled, np.broadcast_to(overhead_ms[:, None], (*scaled.shape[:2], 1))], axis=2)
+    rows = rows * weight[:, None, None]
+    centre = np.average(prior[chosen], axis=0, weights=base_ms[chosen] + 1e-12)
+    total_ms = float(base_ms[chosen].sum())
+    found = _held(
+        rows.reshape(-1, rows.shape[2]),
+        (observed.layer_ms[:, chosen] * weight[:, None]).ravel(),
+        np.append(centre, 0.0),
+        np.ones(len(centre) + 1, dtype=bool),
+        # The pull must not fade where a few layers carry little of the latency.
+        np.sqrt(firmness / len(chosen)) * total_ms / whole,
+    )
+    result = np.zeros_like(prior)
+    for layer in chosen:
+        share = np.where(network.allowed[layer], found[:-1], 0.0)
+        share[0] += found[-1] * float(np.median(base_ms)) / max(base_ms[layer], 1e-9)
+        unpruned = float(observed.terms[0, layer] @ share)
+        result[layer] = share / unpruned if unpruned > 0 else prior[layer]
+    return result
+
+
+def _held(rows: Floats, wanted: Floats, prior: Floats, allowed: NDArray[np.bool_], pull: float) -> Floats:
+    """Non-negative least squares, held near a prior with a strength of `pull` per coefficient."""
+    from scipy.optimize import nnls
+
+    free = np.flatnonzero(allowed)
+    # Normal equations first: the rows are many more than the coefficients.
+    gram = rows[:, free].T @ rows[:, free] + pull**2 * np.eye(len(free))
+    target = rows[:, free].T @ wanted + pull**2 * prior[free]
+    root = np.linalg.cholesky(gram + 1e-12 * np.trace(gram) / len(free) * np.eye(len(free)))
+    result = np.zeros(len(prior))
+    result[free] = nnls(root.T, np.linalg.solve(root, target))[0]
+    return result
