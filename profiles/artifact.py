@@ -6,7 +6,6 @@ exporters; knows neither pruning nor where the module comes from.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .device import Device
+from .runner.files import model_digest, model_files
 from .runner.sessions import open_session
 
 if TYPE_CHECKING:
@@ -116,24 +116,6 @@ class Artifact:
             raise ValueError(f"{path} has sha256 {digest}, its record says {data['digest']}; export it again")
         layers = tuple(LayerSpec.from_json(layer) for layer in data["layers"])
         return cls(path, data["runtime"], data["precision"], tuple(data["input_shape"]), digest, layers)
-
-
-def model_files(path: Path) -> tuple[Path, ...]:
-    """All files of a model, the one that says the structure first."""
-    return (path, path.with_suffix(".bin")) if path.suffix in (".xml", ".param") else (path,)
-
-
-def model_digest(path: Path) -> str:
-    """sha256 of a model's content, hexadecimal: of its file, or of its files' digests where it has several.
-
-    Raises:
-        FileNotFoundError: a file is gone.
-    """
-    digests = []
-    for name in model_files(path):
-        with name.open("rb") as file:
-            digests.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 def export_artifact(

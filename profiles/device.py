@@ -116,8 +116,9 @@ class DeviceFacts:
     Attributes:
         stable: what numbers depend on: CPU and GPU model, instruction sets, runtime and its version,
             threads, precision, providers, governor, number of CPUs.
-        state: what may disturb a measurement just now: `load_1m`, `temperature_c`, `clock_mhz` (None where
-            unreadable).
+        state: what may disturb a measurement just now: `load_1m`, `busy` (share by CPU), `temperature_c`,
+            `clock_mhz` and `clock_max_mhz` of the CPUs to measure on, `throttled` (a Raspberry Pi's bits),
+            `on_battery`; None where unreadable.
     """
 
     stable: Mapping[str, Any]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
+from collections.abc import Iterator
 
 from .child import serve_child
 from .requests import answer
@@ -17,9 +19,23 @@ def main() -> None:
     if "--child" in sys.argv:
         serve_child(sys.stdin, out)
         return
-    for line in sys.stdin:
+    for line in _requests():
         out.write(json.dumps(answer(json.loads(line))) + "\n")
         out.flush()
+
+
+def _requests() -> Iterator[str]:
+    """Lines of stdin; a remote runner that waits for one too long is ended, for its line may be dead."""
+    idle_s = int(os.environ.get("PARETOPRUNE_RUNNER_IDLE_S", "0")) if hasattr(signal, "alarm") else 0
+    while True:
+        if idle_s:
+            signal.alarm(idle_s)
+        line = sys.stdin.readline()
+        if idle_s:
+            signal.alarm(0)
+        if not line:
+            return
+        yield line
 
 
 if __name__ == "__main__":

@@ -131,11 +131,18 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         "governor": "+".join(sorted(governors)),
     }
     temperatures = [_read(str(p)) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
-    mhz = [_read(f"/sys/devices/system/cpu/cpu{c}/cpufreq/scaling_cur_freq") for c in choose_cpus(threads)]
+    cpus = [f"/sys/devices/system/cpu/cpu{c}" for c in choose_cpus(threads)]
+    mhz = [_read(f"{cpu}/cpufreq/scaling_cur_freq") for cpu in cpus]
+    limits = [_read(f"{cpu}/cpufreq/cpuinfo_max_freq") for cpu in cpus]
+    supplies = [_read(str(p)) for p in Path("/sys/class/power_supply").glob("A*/online")]
     state = {
         "load_1m": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "temperature_c": max((int(t) / 1000 for t in temperatures if t.lstrip("-").isdigit()), default=None),
         "clock_mhz": min((int(m) / 1000 for m in mhz if m.isdigit()), default=None),
+        "clock_max_mhz": min((int(m) / 1000 for m in limits if m.isdigit()), default=None),
+        # Nonzero on a Raspberry Pi that lacks power or cooling; the bits say what, now or since it was started.
+        "throttled": _read("/sys/devices/platform/soc/soc:firmware/get_throttled") or None,
+        "on_battery": all(s == "0" for s in supplies) if supplies else None,
         "busy": busy_shares(),
         "python": platform.python_version(),
     }

@@ -1,17 +1,20 @@
 """What a runner can be asked, and how it answers.
 
 Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or two models in turns),
-`profile` (per operator).
+`profile` (per operator); on a remote device also `find`, `store`, `keep` (model files).
 Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash",
 "error"}`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from .child import Child, ChildCrashError
+from .files import cache_folder, do_find, do_keep, do_store
 from .machine import busy_shares, choose_cpus, machine_facts
 from .sessions import MissingRuntimeError, import_runtime
 
@@ -25,10 +28,25 @@ def do_hello(request: dict[str, Any]) -> dict[str, Any]:
     return {"version": import_runtime(request["runtime"]), "pid": os.getpid()}
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """On a remote device, one measurement at a time, whoever asks; the asking machine has its own lock."""
+    folder = cache_folder()
+    if folder is None:
+        yield
+        return
+    import fcntl
+
+    with (folder / "measure.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def do_facts(request: dict[str, Any]) -> dict[str, Any]:
     return machine_facts(request)
 
 
+@_alone()
 def do_round(request: dict[str, Any]) -> dict[str, Any]:
     """One fresh process per model, warmed up, then blocks in turns A B B A ...; the one not running is
     stopped.
@@ -73,6 +91,7 @@ def _round_plan(typical_ms: list[float], request: dict[str, Any]) -> tuple[int, 
     return pairs - pairs % 2, runs  # An even count, so that each one starts as many turns as the other.
 
 
+@_alone()
 def do_profile(request: dict[str, Any]) -> dict[str, Any]:
     """Operators of one model, timed by its runtime in a process of its own."""
     child = Child([])
@@ -85,7 +104,15 @@ def do_profile(request: dict[str, Any]) -> dict[str, Any]:
         child.close()
 
 
-REQUESTS = {"hello": do_hello, "facts": do_facts, "round": do_round, "profile": do_profile}
+REQUESTS = {
+    "hello": do_hello,
+    "facts": do_facts,
+    "round": do_round,
+    "profile": do_profile,
+    "find": do_find,
+    "store": do_store,
+    "keep": do_keep,
+}
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
