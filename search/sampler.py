@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import optuna
-from optuna.distributions import BaseDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+
+from .space import widened
 
 SAMPLERS = ("gp", "tpe", "nsga2", "random", "grid")
 _STARTUP_TRIALS = 6
@@ -25,25 +27,40 @@ class SpacedSampler(BaseSampler):
     """Draws from a declared space, whatever the trials so far were stored with.
 
     Optuna's samplers infer their space from the trials they see, and fall back to independent random draws where one trial's ranges differ;
-    trial 0, the unpruned model, always does.
+    trial 0, the unpruned model, always does. Choices of beta or ratio that lack its 0 would even be an error to them, so the inner sampler
+    sees such choices as a range, and what it draws is moved to the nearest choice.
     """
 
     def __init__(self, inner: BaseSampler, space: dict[str, BaseDistribution]):
         self._inner = inner
         self._space = space
+        self._choices: dict[str, tuple[float, ...]] = {
+            name: tuple(float(choice or 0.0) for choice in d.choices)
+            for name, d in space.items()
+            if name in ("beta", "ratio") and isinstance(d, CategoricalDistribution)
+        }
+        ranges = {name: FloatDistribution(min(values), max(values)) for name, values in self._choices.items()}
+        self._drawn: dict[str, BaseDistribution] = {**space, **ranges}
+
+    def _nearest(self, name: str, value: Any) -> Any:
+        return min(self._choices[name], key=lambda c: abs(c - value)) if name in self._choices else value
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: d for name, d in sorted(self._space.items()) if not d.single()}
+        return {name: widened(name, self._space[name]) for name, d in sorted(self._drawn.items()) if not d.single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        return self._inner.sample_relative(study, trial, search_space)
+        drawn = self._inner.sample_relative(study, trial, {name: self._drawn[name] for name in search_space})
+        return {name: self._nearest(name, value) for name, value in drawn.items()}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        return self._inner.sample_independent(study, trial, param_name, self._space.get(param_name, param_distribution))
+        # Only TPE looks at earlier trials here; the others draw blindly, and from the choices themselves all are equally likely.
+        space = self._drawn if isinstance(self._inner, optuna.samplers.TPESampler) else self._space
+        value = self._inner.sample_independent(study, trial, param_name, space.get(param_name, param_distribution))
+        return self._nearest(param_name, value)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         self._inner.before_trial(study, trial)
@@ -51,7 +68,9 @@ class SpacedSampler(BaseSampler):
     def after_trial(
         self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
     ) -> None:
-        self._inner.after_trial(study, trial, state, values)
+        # At its end the grid sampler stops `study.optimize`, which nobody runs here, and that is an error.
+        if not isinstance(self._inner, optuna.samplers.GridSampler):
+            self._inner.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:
         """Nothing: the seed is the trial's."""
@@ -91,9 +110,9 @@ def grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
     """The grid over a space: beta in quarters (the paper's 0, 0.25, 0.5, 0.75, 1 over the whole range), other numbers in six steps."""
     points: dict[str, list[Any]] = {}
     for name, distribution in space.items():
-        if isinstance(distribution, optuna.distributions.CategoricalDistribution):
+        if isinstance(distribution, CategoricalDistribution):
             points[name] = list(distribution.choices)
-        elif isinstance(distribution, optuna.distributions.FloatDistribution):
+        elif isinstance(distribution, FloatDistribution):
             steps = 5 if name == "beta" else 6
             width = distribution.high - distribution.low
             points[name] = [distribution.low + width * i / (steps - 1) for i in range(steps)]

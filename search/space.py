@@ -31,13 +31,16 @@ def searched_space(search: SearchSection) -> dict[str, BaseDistribution]:
 
 def stored_space(search: SearchSection) -> dict[str, BaseDistribution]:
     """What trials are stored with: `searched_space` widened to hold the unpruned model."""
-    space = searched_space(search)
-    for key, distribution in space.items():
-        if isinstance(distribution, FloatDistribution):
-            space[key] = FloatDistribution(0.0, distribution.high)
-        elif key in ("beta", "ratio") and isinstance(distribution, CategoricalDistribution):
-            space[key] = CategoricalDistribution(tuple(dict.fromkeys((0.0, *distribution.choices))))
-    return space
+    return {key: widened(key, distribution) for key, distribution in searched_space(search).items()}
+
+
+def widened(key: str, distribution: BaseDistribution) -> BaseDistribution:
+    """What a key is stored with, from what it is drawn from."""
+    if isinstance(distribution, FloatDistribution):
+        return FloatDistribution(0.0, distribution.high)
+    if key in ("beta", "ratio") and isinstance(distribution, CategoricalDistribution):
+        return CategoricalDistribution(tuple(dict.fromkeys((0.0, *distribution.choices))))
+    return distribution
 
 
 def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> TrialParams:
