@@ -19,6 +19,8 @@ from search.groups import ChannelGroup, ChannelGroups, Member, find_groups
 from search.plan import PruningPlan
 from search.prune import check_widths, prune
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIDE = 64
 YOLOS = ("yolov8n.yaml", "yolo11n.yaml")
 
@@ -45,15 +47,6 @@ class SmallResNet(nn.Module):
         x = nn.functional.adaptive_max_pool2d(x, 2).flatten(1)
         out: Tensor = self.fc(torch.relu(self.hidden(x)))
         return out
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are too small to share out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, eq=False)
