@@ -160,9 +160,10 @@ def plan(
     document = plan_json(made, params, bench)
     if html:
         from .figures import pruned_share_figure
+        from .report import write_figure
 
         shares = {layer["layer"]: (layer["channels"], layer["kept"]) for layer in document["layers"]}
-        pruned_share_figure({f"β {beta:g}, ratio {ratio:g}": shares}).write_html(html, include_plotlyjs=True)
+        write_figure(html, pruned_share_figure({f"β {beta:g}, ratio {ratio:g}": shares}))
         err.print(f"wrote {html}")
     if as_json:
         _print_json(document)
@@ -302,6 +303,48 @@ def _seconds(text: str) -> float:
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
+def main() -> None:
+    """Entry point: turns what can go wrong into an exit code and a few lines."""
+    sys.exit(_guarded(lambda: app(standalone_mode=False)))
+
+
+def _guarded(run: Callable[[], Any]) -> int:
+    try:
+        code = run()
+    except (KeyboardInterrupt, typer.Abort):
+        err.print("stopped; the same command goes on from here")
+        return 130
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong command line; Typer's own class is private
+            error.show()
+            return 2
+        if _Settings.debug:
+            err.print_exception()
+        if isinstance(error, _input_errors()):
+            _say(str(error) or type(error).__name__)
+            return 2
+        _say(f"failed: {error or type(error).__name__}")
+        if not _Settings.debug and not isinstance(error, _run_errors()):
+            err.print("run again with paretoprune --debug for the traceback", style="dim")
+        return 1
+    return code if isinstance(code, int) else 0
+
+
+def _say(text: str) -> None:
+    err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+def _run_errors() -> tuple[type[Exception], ...]:
+    """What says all there is to say; a traceback would add nothing."""
+    from profiles.connection import DeviceError
+
+    from .study import SearchError
+
+    return (SearchError, DeviceError)
+
+
 def _input_errors() -> tuple[type[Exception], ...]:
     """What says that the input is wrong, not the run."""
     from .front import NoSuchPointError
@@ -313,34 +356,3 @@ def _input_errors() -> tuple[type[Exception], ...]:
 
 def _print_json(document: Any) -> None:
     sys.stdout.write(json.dumps(document, indent=1) + "\n")
-
-
-def main() -> None:
-    """Entry point: turns what can go wrong into an exit code and a few lines."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
-
-
-def _guarded(run: Callable[[], Any]) -> int:
-    import click
-
-    try:
-        code = run()
-    except click.exceptions.Exit as stop:
-        return stop.exit_code
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.Abort):
-        err.print("stopped; the same command goes on from here")
-        return 130
-    except Exception as error:
-        if _Settings.debug:
-            err.print_exception()
-        if isinstance(error, _input_errors()):
-            err.print(str(error) or type(error).__name__, style="red", markup=False, highlight=False)
-            return 2
-        err.print(f"failed: {error or type(error).__name__}", style="red", markup=False, highlight=False)
-        if not _Settings.debug:
-            err.print("run again with paretoprune --debug for the traceback", style="dim")
-        return 1
-    return code if isinstance(code, int) else 0

@@ -27,6 +27,8 @@ from .workspace import Workspace
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+    from profiles.latency_profile import LatencyProfile
+
     from .trial import Bench
 
 _VERSIONS = ("torch", "onnxruntime", "openvino", "ncnn", "optuna", "mlflow", "torch-pruning", "ultralytics")
@@ -179,7 +181,7 @@ def write_study_report(study: StudyFile, found: dict[str, Found], path: Path) ->
         cached = shop.cached_profile(study.device(name).device(), f.front.fingerprint)
         if cached is not None:
             profiles[name] = profile_json(cached)
-        widths[name] = {p.trial: plan_widths(study, name, p.trial) for p in f.front.points}
+        widths[name] = {p.trial: plan_widths(study, name, p.trial, cached) for p in f.front.points}
     return write_report(
         path,
         study.name,
@@ -193,10 +195,16 @@ def write_study_report(study: StudyFile, found: dict[str, Found], path: Path) ->
     )
 
 
-def plan_widths(study: StudyFile, device: str, trial: int) -> dict[str, tuple[int, int]]:
-    """Layer to channels before and after, of a trial whose plan is on this machine; empty where it is not."""
+def plan_widths(
+    study: StudyFile, device: str, trial: int, profile: LatencyProfile | None
+) -> dict[str, tuple[int, int]]:
+    """Layer to channels before and after, of a trial whose plan is on this machine; empty where it is not.
+
+    With a profile the layers that keep everything are listed too, in the network's order.
+    """
     path = Workspace(study.folder).trial(device, trial) / "plan.json"
-    return layer_widths(PruningPlan.load(path)) if path.exists() else {}
+    original = None if profile is None else {layer.layer: layer.out_channels for layer in profile.layers}
+    return layer_widths(PruningPlan.load(path), original) if path.exists() else {}
 
 
 def record_front(study: StudyFile, shop: Shop, tracker: Tracker, found: Found) -> None:
@@ -223,10 +231,11 @@ def figures(study: StudyFile, shop: Shop, found: Found) -> dict[str, Figure]:
         "beta_ratio_speedup": draw.beta_ratio_figure(found.results, "speedup"),
         "predicted_measured": draw.predicted_measured_figure(found.results),
     }
-    shares = {f"trial {p.trial}": w for p in found.front.points if (w := plan_widths(study, device, p.trial))}
+    profile = shop.cached_profile(study.device(device).device(), found.front.fingerprint)
+    points = [p for p in found.front.points if p.trial > 0]
+    shares = {f"trial {p.trial}": w for p in points if (w := plan_widths(study, device, p.trial, profile))}
     if shares:
         result["pruned_share"] = draw.pruned_share_figure(shares)
-    profile = shop.cached_profile(study.device(device).device(), found.front.fingerprint)
     if profile is not None:
         result["profile"] = draw.profile_figure(profile_json(profile))
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -115,9 +116,11 @@ def front_table(device: str, front: ParetoFront, metric: str, limit: int | None 
         title=f"{device}: unpruned {base.latency_ms:.2f} ms, {metric} {base.accuracy:.4f}; "
         f"hypervolume {front.hypervolume:.4f}",
         title_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
-    for heading in ("trial", "β", "ratio", metric, "latency ms", "p90 ms", "speedup", "95% interval", "params", "MACs"):
-        table.add_column(heading, justify="right")
+    for heading in ("trial", "β", "ratio", metric, "ms", "p90 ms", "speedup [95%]", "params", "MACs"):
+        table.add_column(heading, justify="right", no_wrap=True)
     points = front.points if limit is None else front.points[-limit:]
     for p in points:
         low, high = p.speedup_ci or (float("nan"), float("nan"))
@@ -128,10 +131,9 @@ def front_table(device: str, front: ParetoFront, metric: str, limit: int | None 
             f"{p.accuracy:.4f}",
             f"{p.latency_ms:.2f}",
             f"{p.latency_p90_ms:.2f}",
-            f"{p.speedup:.2f}x",
-            f"{low:.2f} to {high:.2f}",
-            f"{(p.params or 0) / 1e6:.2f} M",
-            f"{(p.macs or 0) / 1e6:.0f} M",
+            f"{p.speedup:.2f}x [{low:.2f}, {high:.2f}]" if p.trial else "1x",
+            f"{(p.params or 0) / 1e6:.2f}M",
+            f"{(p.macs or 0) / 1e6:.0f}M",
         )
     return table
 

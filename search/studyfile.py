@@ -408,7 +408,7 @@ def _faults(error: ValidationError) -> list[str]:
     for key, found in lines.items():
         nested = [k for k in lines if k.startswith((f"{key}.", f"{key}["))]
         best = max(weight for weight, _ in found)
-        if nested and best <= 1:
+        if nested and (best <= 1 or "needs at least one entry" in found[0][1]):
             continue  # the complaint about a part says more than "not this form" about the whole
         result += list(dict.fromkeys(text for weight, text in found if weight == best))[:1 if best <= 1 else None]
     return result
