@@ -1,7 +1,7 @@
 """The study file: what the user asks for, checked whole before anything starts.
 
-Reads YAML, expands `${VAR}`, applies `--set` overrides, resolves paths against the file's folder, and reports all faults at once. Opens neither
-model nor data.
+Reads YAML, expands `${VAR}`, applies `--set` overrides, resolves paths against the file's folder, and reports
+all faults at once. Opens neither model nor data.
 """
 
 from __future__ import annotations
@@ -172,7 +172,9 @@ class DeviceSection(_Section):
     def _is_device(self) -> DeviceSection:
         self.device()  # raises ValueError with the device's own rule
         if not NAME.match(self.name):
-            raise ValueError(f"name must be letters, digits, '.', '_' and '-' (it names a folder), got {self.name!r}")
+            raise ValueError(
+                f"name must be letters, digits, '.', '_' and '-' (it names a folder), got {self.name!r}"
+            )
         return self
 
     def device(self) -> Device:
@@ -187,7 +189,9 @@ class DeviceSection(_Section):
 
 
 class ModelSection(_Section):
-    """Any nn.Module: a function that builds it (called with `arguments`), its weights, and how it wants its pixels."""
+    """Any nn.Module: a function that builds it (called with `arguments`), its weights, and how it wants its
+    pixels.
+    """
 
     builder: Annotated[str, Field(pattern=r"^[\w.]+:\w+$")]
     weights: Word | None = None
@@ -246,7 +250,9 @@ class StudyFile(_Section):
     def limits_of(self, device: str) -> Limits:
         """The study's limits, each replaced where the device has its own."""
         own = self.device(device).limits
-        return self.limits if own is None else self.limits.model_copy(update=own.model_dump(exclude_none=True))
+        return (
+            self.limits if own is None else self.limits.model_copy(update=own.model_dump(exclude_none=True))
+        )
 
 
 def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> StudyFile:
@@ -264,13 +270,19 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | No
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise StudyFileError(str(path), ["the file does not exist; give the path of a study file (.yaml)"]) from None
+        raise StudyFileError(
+            str(path), ["the file does not exist; give the path of a study file (.yaml)"]
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise StudyFileError(source, [f"the file cannot be read: {error}"]) from error
     except yaml.YAMLError as error:
-        raise StudyFileError(source, [f"the file is not valid YAML: {' '.join(str(error).split())}"]) from error
+        raise StudyFileError(
+            source, [f"the file is not valid YAML: {' '.join(str(error).split())}"]
+        ) from error
     if not isinstance(raw, dict):
         raise StudyFileError(source, [f"the file must hold keys and values, got {type(raw).__name__}"])
+    # A key with nothing under it, as a commented-out section leaves it, asks for the defaults.
+    raw = {key: value for key, value in raw.items() if value is not None}
     faults: list[str] = []
     for override in overrides:
         _override(raw, override, faults)
@@ -279,7 +291,7 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | No
     try:
         study = StudyFile.model_validate(raw)
     except ValidationError as error:
-        faults += _faults(error)
+        faults += _faults(error, raw)
     root = path.resolve().parent
     faults += _missing_files(raw, root)
     if faults or study is None:
@@ -304,7 +316,9 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | No
 
 
 def _resolve(text: str, root: Path) -> Path:
-    """A path beside the study file; a bare name that is not there is left for the framework to find or download."""
+    """A path beside the study file; a bare name that is not there is left for the framework to find or
+    download.
+    """
     path = Path(text).expanduser()
     if path.is_absolute():
         return path
@@ -321,7 +335,9 @@ def _missing_files(raw: Mapping[str, Any], root: Path) -> list[str]:
             path = _resolve(value, root)
             bare = Path(value).parent == Path() and Path(value).suffix in (".pt", ".yaml", ".yml")
             if not path.exists() and not bare:
-                faults.append(f"{key}: must be an existing file (relative paths start at the study file), got {value!r}")
+                faults.append(
+                    f"{key}: must be an existing file (relative paths start at the study file), got {value!r}"
+                )
     return faults
 
 
@@ -378,14 +394,20 @@ def _override(raw: dict[str, Any], override: str, faults: list[str]) -> None:
             else:
                 at = at.setdefault(part, {})
         else:
-            faults.append(f"--set {key}: {'.'.join(parts[:i])} holds a plain value, so it has no key {part!r}")
+            faults.append(
+                f"--set {key}: {'.'.join(parts[:i])} holds a plain value, so it has no key {part!r}"
+            )
             return
 
 
-def _faults(error: ValidationError) -> list[str]:
+def _faults(error: ValidationError, raw: Any) -> list[str]:
     """One line per key; of a union's several complaints, the one that fits what the user wrote."""
     lines: dict[str, list[tuple[int, str]]] = {}
-    for item in error.errors(include_url=False):
+    items = [(item, *_branch(item["loc"], raw)) for item in error.errors(include_url=False)]
+    meant = {union for _, union, fits in items if fits}
+    for item, union, fits in items:
+        if not fits and union in meant:
+            continue
         loc = [p for p in item["loc"] if not (isinstance(p, str) and _is_branch(p))]
         key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in loc).lstrip(".")
         kind, value = item["type"], item["input"]
@@ -410,14 +432,33 @@ def _faults(error: ValidationError) -> list[str]:
         best = max(weight for weight, _ in found)
         if nested and (best <= 1 or "needs at least one entry" in found[0][1]):
             continue  # the complaint about a part says more than "not this form" about the whole
-        result += list(dict.fromkeys(text for weight, text in found if weight == best))[:1 if best <= 1 else None]
+        result += list(dict.fromkeys(text for weight, text in found if weight == best))[
+            : 1 if best <= 1 else None
+        ]
     return result
+
+
+def _branch(loc: tuple[int | str, ...], raw: Any) -> tuple[tuple[int | str, ...], bool]:
+    """Where a union stands in an error's location, and whether the error's branch of it is of the form that the user chose."""
+    value = raw
+    for i, part in enumerate(loc):
+        if isinstance(part, str) and _is_branch(part):
+            if not isinstance(value, dict):
+                return loc[:i], True
+            form = "Choices[" if "choices" in value else "Range" if {"low", "high"} & set(value) else "ModelSection"
+            return loc[:i], form in part
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            break
+    return loc, True
 
 
 def _is_branch(part: str) -> bool:
     """Pydantic puts the name of a union's branch into the location; the user never wrote it."""
     return part in {
-        "Range", "ModelSection", "float", "int", "str", "literal['auto']", "constrained-str", "constrained-int",
+        "Range", "ModelSection", "float", "int", "str", "literal['auto']", "constrained-str", "
+        ""constrained-int",
     } or part.startswith(("Choices[", "function-", "literal["))  # fmt: skip
 
 
