@@ -229,11 +229,6 @@ def test_files_that_hold_no_study(load: Any, text: str, says: str) -> None:
         ),
         ({"search": {"ratio": "much"}}, "search.ratio", "got 'much'"),
         ({"search": {"beta": {"low": 0.1}}}, "search.beta.high", "is required and missing"),
-        (
-            {"search": {"round_to": {"low": 1, "high": 8}}},
-            "search.round_to.choices",
-            "is required and missing",
-        ),
         ({"search": {"round_to": 0}}, "search.round_to", "got 0"),
         ({"search": {"criterion": "magic"}}, "search.criterion", "must be one of taylor"),
         ({"search": {"allocation": "magic"}}, "search.allocation", "must be one of rank"),
