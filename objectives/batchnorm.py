@@ -1,7 +1,8 @@
 """Batch-norm statistics re-estimated on real images, without a gradient.
 
-After channels are gone the running means and variances describe activations that no longer exist. One pass over a few images
-mends that in a second; where the cut is deep it is worth more than an epoch of training. Knows no task.
+After channels are gone the running means and variances describe activations that no longer exist. One pass
+over a few images mends that in a second; where the cut is deep it is worth more than an epoch of training.
+Knows no task.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ def reestimate_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> int:
 
     Args:
         model: any model; its train/eval mode is restored.
-        images: batches `(batch, channels, height, width)` as the model takes them. With none of them nothing changes.
+        images: batches `(batch, channels, height, width)` as the model takes them. With none of them nothing
+            changes.
 
     Returns:
         The number of batches seen.

@@ -25,7 +25,8 @@ def model_digest(model: nn.Module) -> str:
 def files_digest(files: Iterable[Path], root: Path, content: Iterable[str] = (".txt", ".yaml")) -> str:
     """sha256 of a set of files: names and sizes, and the content of those with a suffix in `content`.
 
-    Images go in by name and size only: reading gigabytes at every start would cost more than what it guards against.
+    Images go in by name and size only: reading gigabytes at every start would cost more than what it guards
+        against.
     """
     digest = hashlib.sha256()
     suffixes = set(content)

@@ -1,7 +1,7 @@
 """What the search needs to know of a task: its model, its loss, its recovery and its metric.
 
-A `Task` is the only thing that knows the framework a model comes from. The search calls it and never looks behind it;
-it knows nothing of devices, scores, plans or trials.
+A `Task` is the only thing that knows the framework a model comes from. The search calls it and never looks
+behind it; it knows nothing of devices, scores, plans or trials.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-#: Inference as a plain function: images `(batch, 3, height, width)` float32 to the list of outputs. A PyTorch model and an
-#: exported artifact look the same through it.
+#: Inference as a plain function: images `(batch, 3, height, width)` float32 to the list of outputs. A PyTorch
+#: model and an exported artifact look the same through it.
 Predictor = Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]
 
-#: Called before a recovery's training with epoch 0 and after each epoch: (epoch, epochs, accuracy); returns False to end it there.
+#: Called before a recovery's training with epoch 0 and after each epoch: (epoch, epochs, accuracy); returns
+#: False to end it there.
 EpochCallback = Callable[[int, int, float], bool]
 
 
@@ -32,10 +33,12 @@ class Recovery:
         lr: peak learning rate; None lets the task choose.
         batch: images per step.
         device: "auto" (CUDA when there), or a torch device such as "cpu" or "cuda:1".
-        reestimate_images: images whose statistics replace batch norm's before any training; 0 keeps the old ones.
+        reestimate_images: images whose statistics replace batch norm's before any training; 0 keeps the old
+            ones.
         threads: CPU threads for training; None leaves torch's default.
         seed: of data order and augmentation.
-        options: further settings that only the task understands (for detection: Ultralytics' own train arguments).
+        options: further settings that only the task understands (for detection: Ultralytics' own train
+            arguments).
     """
 
     epochs: int = 3
@@ -55,9 +58,10 @@ class Traceable:
     Attributes:
         model: the copy, in eval mode, parameters with gradients on.
         example: one input `(1, 3, height, width)`.
-        aliases: layers of the copy that are slices of a layer of the original: name in the copy to (name in the original, offset
-            of its first output channel there).
-        tied: sets of layers of the copy that must keep equal numbers of output channels (the original splits one layer's output evenly).
+        aliases: layers of the copy that are slices of a layer of the original: name in the copy to (name in
+            the original, offset of its first output channel there).
+        tied: sets of layers of the copy that must keep equal numbers of output channels (the original splits
+            one layer's output evenly).
         fixed: layers of the copy whose own output width must not change.
     """
 
@@ -71,14 +75,25 @@ class Traceable:
 class Task(Protocol):
     """A model with its data. Built from a study file; raises ValueError for unusable input when built."""
 
-    metric: str
-    """Name of the accuracy, "mAP50-95" or "top-1"; in [0, 1], higher is better."""
-    input_shape: tuple[int, int, int, int]
-    """(1, channels, height, width) of one inference."""
-    model_key: str
-    """sha256 digest of architecture and weights of the unpruned model."""
-    data_key: str
-    """Digest of the data the scores and the accuracy depend on."""
+    @property
+    def metric(self) -> str:
+        """Name of the accuracy, "mAP50-95" or "top-1"; in [0, 1], higher is better."""
+        ...
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """(1, channels, height, width) of one inference."""
+        ...
+
+    @property
+    def model_key(self) -> str:
+        """sha256 digest of architecture and weights of the unpruned model."""
+        ...
+
+    @property
+    def data_key(self) -> str:
+        """Digest of the data the scores and the accuracy depend on."""
+        ...
 
     def load_model(self) -> nn.Module:
         """A fresh copy of the unpruned model, float32, eval mode, on the CPU, every parameter trainable."""
@@ -89,11 +104,15 @@ class Task(Protocol):
         ...
 
     def calibration(self, images: int, batch: int) -> Iterator[Any]:
-        """The first `images` training samples without augmentation, in batches that `loss` takes. Same ones every time."""
+        """The first `images` training samples without augmentation, in batches that `loss` takes. Same ones
+        every time.
+        """
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """The task's real loss summed over the batch's images, scalar, differentiable; the model stays in the mode it is in."""
+        """The task's real loss summed over the batch's images, scalar, differentiable; the model stays in the
+        mode it is in.
+        """
         ...
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
@@ -101,14 +120,19 @@ class Task(Protocol):
         ...
 
     def settle(self, model: nn.Module) -> None:
-        """Bring attributes that repeat a width (a block's stored channel count) in line after the layers were narrowed, in place."""
+        """Bring attributes that repeat a width (a block's stored channel count) in line after the layers were
+        narrowed, in place.
+        """
         ...
 
-    def recover(self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback) -> nn.Module:
+    def recover(
+        self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback
+    ) -> nn.Module:
         """Train the pruned model back; the architecture is the given one. `folder` takes scratch files.
 
-        `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated) and after each epoch.
-        What is returned is the state with the best accuracy of all these, the one before re-estimation included.
+        `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated) and after
+        each epoch. What is returned is the state with the best accuracy of all these, the one before
+        re-estimation included.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite.
@@ -124,7 +148,9 @@ class Task(Protocol):
         ...
 
     def deployable(self, model: nn.Module) -> nn.Module:
-        """A fused copy in inference form: one input tensor, tensor outputs; what gets exported. Layer names are kept."""
+        """A fused copy in inference form: one input tensor, tensor outputs; what gets exported. Layer names
+        are kept.
+        """
         ...
 
     def metadata(self, model: nn.Module) -> Mapping[str, str]:
@@ -136,5 +162,7 @@ class Task(Protocol):
         ...
 
     def save(self, model: nn.Module, path: Path) -> Path:
-        """Write the framework's own model file (for detection the `.pt` that `YOLO(path)` opens). Returns its path."""
+        """Write the framework's own model file (for detection the `.pt` that `YOLO(path)` opens). Returns its
+        path.
+        """
         ...

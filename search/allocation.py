@@ -1,7 +1,7 @@
 """Allocation: from group scores to the channels that go, until a given share of a budget is gone.
 
-`rank` is the paper's rule: all channels of the network in one ascending order. Knows no device beyond the function that says what share
-a choice removes, and no model.
+`rank` is the paper's rule: all channels of the network in one ascending order. Knows no device beyond the
+function that says what share a choice removes, and no model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ ALLOCATIONS = ("rank",)
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-#: Share of the budget that removing `(groups,)` channel counts saves, in [0, 1]; must not fall when a count rises.
+#: Share of the budget that removing `(groups,)` channel counts saves, in [0, 1]; must not fall when a count
+#: rises.
 ShareRemoved = Callable[[IntArray], float]
 
 
@@ -52,9 +53,9 @@ def rank(
 ) -> dict[str, IntArray]:
     """Remove the lowest-scored channels of the whole network until `ratio` of the budget is gone.
 
-    Tied groups lose their i-th lowest channels together, with the sum of both scores. Widths are settled for every candidate
-    cut of the ranking, so the share that is reached is the share asked for as nearly as allowed widths permit, not what
-    rounding happens to leave of it.
+    Tied groups lose their i-th lowest channels together, with the sum of both scores. Widths are settled for
+    every candidate cut of the ranking, so the share that is reached is the share asked for as nearly as
+    allowed widths permit, not what rounding happens to leave of it.
 
     Args:
         scores: one `(channels,)` array per group.
@@ -73,7 +74,9 @@ def rank(
     order = [np.argsort(s, kind="stable") for s in scores]
     units = groups.units
     channels = np.array([groups.channels[unit[0]] for unit in units])
-    unit_scores = [sum((scores[i][order[i]] for i in unit), np.zeros(channels[u])) for u, unit in enumerate(units)]
+    unit_scores = [
+        sum((scores[i][order[i]] for i in unit), np.zeros(channels[u])) for u, unit in enumerate(units)
+    ]
     owner = np.repeat(np.arange(len(units)), channels)
     ranking = owner[np.argsort(np.concatenate(unit_scores), kind="stable")]
 
@@ -97,6 +100,4 @@ def rank(
         before = removed_by_group(low - 1)
         if ratio - share(before) < share(best) - ratio:
             best = before
-    return {
-        group.name: np.sort(order[i][: best[i]]) for i, group in enumerate(groups.groups) if best[i] > 0
-    }
+    return {group.name: np.sort(order[i][: best[i]]) for i, group in enumerate(groups.groups) if best[i] > 0}

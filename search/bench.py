@@ -1,6 +1,7 @@
 """The bench of a device: what all its trials share, found in the caches or made once.
 
-Opens the task, finds the groups, computes scores, exports the unpruned model and has it profiled. Knows neither Optuna nor MLflow.
+Opens the task, finds the groups, computes scores, exports the unpruned model and has it profiled. Knows
+neither Optuna nor MLflow.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from objectives.task import Recovery, Task
 from profiles.artifact import Artifact, export_artifact
 from profiles.cache import Cache
 from profiles.device import Device
-from profiles.latency_profile import LatencyProfile, Variant, build_profile
+from profiles.latency_profile import LatencyProfile, build_profile
+from profiles.variants import Variant
 
 from .allocation import Widths, rank
 from .criteria import compute_scores, scores_data_key
@@ -89,14 +91,24 @@ class Shop:
         section = self.study.calibration
         settings = {"images": section.images, "batch": section.batch, "loss": section.loss}
         data_key = scores_data_key(self.task, **settings)  # type: ignore[arg-type]  # mixed value types
-        path = self.workspace.cache / "scores" / f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
+        path = (
+            self.workspace.cache
+            / "scores"
+            / f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
+        )
         if path.exists() and not refresh:
             try:
                 cached = ChannelScores.load(path)
-                if (cached.criterion, cached.model_key, cached.data_key) == (criterion, self.task.model_key, data_key):
+                if (cached.criterion, cached.model_key, cached.data_key) == (
+                    criterion,
+                    self.task.model_key,
+                    data_key,
+                ):
                     self.notice(f"scores: {criterion} found in the cache")
                     return cached
-                self.notice(f"scores: the cached {criterion} belong to another model or other data; computing again")
+                self.notice(
+                    f"scores: the cached {criterion} belong to another model or other data; computing again"
+                )
             except ValueError as error:
                 self.notice(f"scores: cache refused ({error}); computing again")
         batches = -(-section.images // section.batch)
@@ -111,10 +123,16 @@ class Shop:
         return scores
 
     def baseline(self, device: Device) -> Artifact:
-        """The unpruned model exported for a device; exported once, so that every trial is measured against one file."""
+        """The unpruned model exported for a device; exported once, so that every trial is measured against
+        one file.
+        """
         folder = self.workspace.device(device.name) / "baseline"
         record = folder / "artifact.json"
-        key = {"model_key": self.task.model_key, "input_shape": list(self.task.input_shape), "device": device.to_json()}
+        key = {
+            "model_key": self.task.model_key,
+            "input_shape": list(self.task.input_shape),
+            "device": device.to_json(),
+        }
         try:
             data = json.loads(record.read_text(encoding="utf-8"))
             if data["key"] == key:
@@ -129,7 +147,9 @@ class Shop:
         return artifact
 
     def profile(self, device: Device, *, refresh: bool = False) -> LatencyProfile:
-        """The device's cached latency profile, measured where it is missing or was measured on another machine."""
+        """The device's cached latency profile, measured where it is missing or was measured on another
+        machine.
+        """
         if not refresh:
             cached = self.cached_profile(device, device.fingerprint)
             if cached is not None:
@@ -138,7 +158,10 @@ class Shop:
         self.notice(f"profile: measuring every layer on {device.name} ({device.fingerprint})")
         folder = self.workspace.device(device.name) / "variants"
         profile = build_profile(
-            device, lambda variant: self._variant(device, variant, folder), self.task.model_key, progress=self.notice
+            device,
+            lambda variant: self._variant(device, variant, folder),
+            self.task.model_key,
+            progress=self.notice,
         )
         shutil.rmtree(folder, ignore_errors=True)  # a dozen models that nobody needs again
         cache, key = self._profile_entry(device, device.fingerprint)
@@ -159,7 +182,7 @@ class Shop:
         }
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:
-        """A randomly pruned version of the model, untrained: latency does not depend on the weights' values."""
+        """A randomly pruned version of the model, untrained: latency does not depend on the weights."""
         if variant.ratio == 0.0:
             return self.baseline(device)
         rng = np.random.default_rng(variant.seed)
@@ -221,4 +244,3 @@ def open_task(study: StudyFile) -> Task:
 
 def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-

@@ -1,6 +1,8 @@
-"""Budgets: what "remove 30%" is 30% of. Channels as the paper counts them, or predicted latency, MACs or parameters.
+"""Budgets: what "remove 30%" is 30% of. Channels as the paper counts them, or predicted latency, MACs or
+parameters.
 
-Turns removed counts per group into a share; everything is a matrix product over the cached profile, no model is touched.
+Turns removed counts per group into a share; everything is a matrix product over the cached profile, no model
+is touched.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ IntArray = NDArray[np.int64]
 BUDGETS = ("channels", "latency", "macs", "params")
 
 
-def share_removed(ratio_of: str, groups: ChannelGroups, profile: LatencyProfile) -> Callable[[IntArray], float]:
+def share_removed(
+    ratio_of: str, groups: ChannelGroups, profile: LatencyProfile
+) -> Callable[[IntArray], float]:
     """A function from removed channels per group, `(groups,)`, to the share of the budget that saves.
 
     Args:
-        ratio_of: one of `BUDGETS`. `channels` is a share of the prunable layer channels (the paper), the others are shares of the
-            whole model's total.
+        ratio_of: one of `BUDGETS`. `channels` is a share of the prunable layer channels (the paper), the
+            others are shares of the whole model's total.
 
     Raises:
         ValueError: an unknown budget.
@@ -41,10 +45,14 @@ def share_removed(ratio_of: str, groups: ChannelGroups, profile: LatencyProfile)
     if ratio_of == "latency":
 
         def cost(removed: IntArray) -> float:
-            return float(profile.predict_many((width_in - into @ removed)[None], (width_out - out @ removed)[None])[0])
+            return float(
+                profile.predict_many((width_in - into @ removed)[None], (width_out - out @ removed)[None])[0]
+            )
 
     else:
-        pixels = np.array([float(np.prod(layer.output_hw)) if ratio_of == "macs" else 1.0 for layer in profile.layers])
+        pixels = np.array(
+            [float(np.prod(layer.output_hw)) if ratio_of == "macs" else 1.0 for layer in profile.layers]
+        )
         factor = pixels * np.array([float(np.prod(layer.kernel)) / layer.groups for layer in profile.layers])
         # A depthwise layer's channels cancel: in x out / groups is its width, whatever the width is.
         depthwise = np.array([1 < layer.groups == layer.in_channels for layer in profile.layers])

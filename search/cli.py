@@ -1,6 +1,7 @@
 """The command line. Parses, calls, prints; decides nothing.
 
-stdout carries what was asked for, stderr progress and logs. Exit 0 done, 1 the run failed, 2 the input is wrong.
+stdout carries what was asked for, stderr progress and logs. Exit 0 done, 1 the run failed, 2 the input is
+wrong.
 """
 
 from __future__ import annotations
@@ -33,13 +34,23 @@ err = Console(stderr=True)
 StudyPath = Annotated[Path, typer.Argument(metavar="STUDY.yaml", help="The study file.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the study file, e.g. search.beta=0.5. May be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the study file, e.g. search.beta=0.5. May be repeated.",
+    ),
 ]
-Dir = Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Output folder. Default: runs/<name> beside the study file.")]
+Dir = Annotated[
+    Path | None,
+    typer.Option("--dir", metavar="DIR", help="Output folder. Default: runs/<name> beside the study file."),
+]
 DeviceNames = Annotated[
-    list[str] | None, typer.Option("--device", metavar="D", help="Only this device. May be repeated. Default: all.")
+    list[str] | None,
+    typer.Option("--device", metavar="D", help="Only this device. May be repeated. Default: all."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else there.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document to stdout and nothing else there.")
+]
 Refresh = Annotated[bool, typer.Option("--refresh", help="Compute again even if the cache has it.")]
 
 
@@ -48,7 +59,9 @@ class _Settings:
 
 
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+) -> None:
     _Settings.debug = debug
     logging.basicConfig(
         level=logging.WARNING,
@@ -61,7 +74,9 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 @app.command()
 def quickstart(
-    dir: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where everything goes.")] = Path("paretoprune-quickstart"),
+    dir: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where everything goes.")] = Path(
+        "paretoprune-quickstart"
+    ),
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials per device.")] = 4,
 ) -> None:
     """The whole main job on data it makes itself: no network, no data, a few minutes."""
@@ -74,12 +89,16 @@ def quickstart(
 def search(
     study: StudyPath,
     device: DeviceNames = None,
-    trials: Annotated[int | None, typer.Option("--trials", min=1, help="Trials per device, earlier ones counted in.")] = None,
-    timeout: Annotated[str | None, typer.Option("--timeout", metavar="2h", help="Begin no trial after this: 90s, 30m, 2h.")] = None,
+    trials: Annotated[
+        int | None, typer.Option("--trials", min=1, help="Trials per device, earlier ones counted in.")
+    ] = None,
+    timeout: Annotated[
+        str | None, typer.Option("--timeout", metavar="2h", help="Begin no trial after this: 90s, 30m, 2h.")
+    ] = None,
     set_: Set = None,
     dir: Dir = None,
 ) -> None:
-    """Launch a study. The same command resumes it after an interruption, and joins it from another machine."""
+    """Launch a study. The same command resumes it, and joins it from another machine."""
     from .launch import launch
     from .progress import ConsoleProgress, front_table
 
@@ -90,20 +109,29 @@ def search(
         fronts = launch(file, names, trials=trials or file.trials, timeout_s=limit_s, progress=progress)
     for name, front in fronts.items():
         out.print(front_table(name, front, "accuracy"))
-    err.print(f"[dim]next: paretoprune front {study} --html front.html   paretoprune ui {study}   "
-              f"paretoprune export {study} --device {names[0]}[/dim]")
+    err.print(
+        f"[dim]next: paretoprune front {study} --html front.html   paretoprune ui {study}   "
+        f"paretoprune export {study} --device {names[0]}[/dim]"
+    )
 
 
 @app.command()
 def profile(
-    study: StudyPath, device: DeviceNames = None, refresh: Refresh = False, as_json: AsJson = False, set_: Set = None, dir: Dir = None
+    study: StudyPath,
+    device: DeviceNames = None,
+    refresh: Refresh = False,
+    as_json: AsJson = False,
+    set_: Set = None,
+    dir: Dir = None,
 ) -> None:
     """Measure every layer of the unpruned model on each device, or show the cached profile."""
     from .tables import profile_json, profile_table
 
     file = _load(study, set_, dir)
     shop = _shop(file)
-    profiles = {name: shop.profile(file.device(name).device(), refresh=refresh) for name in _devices(file, device)}
+    profiles = {
+        name: shop.profile(file.device(name).device(), refresh=refresh) for name in _devices(file, device)
+    }
     if as_json:
         _print_json({name: profile_json(p) for name, p in profiles.items()})
         return
@@ -112,7 +140,9 @@ def profile(
 
 
 @app.command()
-def score(study: StudyPath, refresh: Refresh = False, as_json: AsJson = False, set_: Set = None, dir: Dir = None) -> None:
+def score(
+    study: StudyPath, refresh: Refresh = False, as_json: AsJson = False, set_: Set = None, dir: Dir = None
+) -> None:
     """Compute the channel scores, or show that they are cached."""
     from .tables import score_json, score_table
 
@@ -131,7 +161,10 @@ def plan(
     device: Annotated[str, typer.Option("--device", metavar="D", help="The device.")],
     beta: Annotated[float, typer.Option("--beta", metavar="B", help="Exponent of the latency, in [0, 1].")],
     ratio: Annotated[float, typer.Option("--ratio", metavar="R", help="Share to remove, in [0, 1).")],
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the share removed per layer as a picture.")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write the share removed per layer as a picture."),
+    ] = None,
     as_json: AsJson = False,
     set_: Set = None,
     dir: Dir = None,
@@ -175,7 +208,9 @@ def plan(
 def front(
     study: StudyPath,
     device: DeviceNames = None,
-    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write the report, one self-contained page.")] = None,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the report, one self-contained page.")
+    ] = None,
     as_json: AsJson = False,
     set_: Set = None,
     dir: Dir = None,
@@ -201,11 +236,22 @@ def front(
 def export(
     study: StudyPath,
     device: Annotated[str, typer.Option("--device", metavar="D", help="The device to export for.")],
-    max_latency: Annotated[float | None, typer.Option("--max-latency", metavar="MS", help="The most accurate model within this.")] = None,
-    min_accuracy: Annotated[float | None, typer.Option("--min-accuracy", metavar="A", help="The fastest model that reaches this.")] = None,
-    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="This trial of the front.")] = None,
-    out_dir: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: exports/<device> in the output folder.")] = None,
-    register: Annotated[bool, typer.Option("--register", help="Put it into MLflow's model registry as <study>.<device>.")] = False,
+    max_latency: Annotated[
+        float | None, typer.Option("--max-latency", metavar="MS", help="The most accurate model within this.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option("--min-accuracy", metavar="A", help="The fastest model that reaches this.")
+    ] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", metavar="N", help="This trial of the front.")
+    ] = None,
+    out_dir: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Default: exports/<device> in the output folder."),
+    ] = None,
+    register: Annotated[
+        bool, typer.Option("--register", help="Put it into MLflow's model registry as <study>.<device>.")
+    ] = False,
     set_: Set = None,
     dir: Dir = None,
 ) -> None:
@@ -271,10 +317,13 @@ def ui(
         out.print(f"this study's tracking server is its own UI: {redact(uri)}")
         return
     err.print(f"MLflow at http://127.0.0.1:{port}  (Ctrl-C ends it)")
-    raise typer.Exit(subprocess.run(command, env={**os.environ, **ui_environment(uri)}, check=False).returncode)
+    raise typer.Exit(
+        subprocess.run(command, env={**os.environ, **ui_environment(uri)}, check=False).returncode
+    )
 
 
-# ---- helpers ---------------------------------------------------------------------------------------------------------
+# ---- helpers
+# ---------------------------------------------------------------------------------------------------------
 
 
 def _load(path: Path, overrides: list[str] | None, folder: Path | None) -> StudyFile:
@@ -287,7 +336,9 @@ def _shop(file: StudyFile) -> Shop:
     from .bench import Shop
     from .workspace import Workspace
 
-    return Shop(file, Workspace(file.folder), notice=lambda text: err.print(text, style="dim", highlight=False))
+    return Shop(
+        file, Workspace(file.folder), notice=lambda text: err.print(text, style="dim", highlight=False)
+    )
 
 
 def _devices(file: StudyFile, names: list[str] | None) -> list[str]:
@@ -299,7 +350,9 @@ def _seconds(text: str) -> float:
 
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smh]?)", text.strip())
     if not match:
-        raise StudyFileError("--timeout", [f"must be a number with s, m or h, like 90s, 30m or 2h, got {text!r}"])
+        raise StudyFileError(
+            "--timeout", [f"must be a number with s, m or h, like 90s, 30m or 2h, got {text!r}"]
+        )
     return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
@@ -317,7 +370,9 @@ def _guarded(run: Callable[[], Any]) -> int:
     except typer.Exit as stop:
         return int(stop.exit_code)
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a wrong command line; Typer's own class is private
+        if hasattr(error, "show") and hasattr(
+            error, "exit_code"
+        ):  # a wrong command line; Typer's own class is private
             error.show()
             return 2
         if _Settings.debug:

@@ -1,6 +1,7 @@
 """The criteria by name: what `search.criterion` may say and how each one is computed.
 
-A criterion turns a model and calibration batches into one score per layer channel. It knows no device, group or plan.
+A criterion turns a model and calibration batches into one score per layer channel. It knows no device, group
+or plan.
 """
 
 from __future__ import annotations
@@ -15,7 +16,13 @@ CRITERIA = ("taylor",)
 
 
 def compute_scores(
-    criterion: str, task: Task, *, images: int, batch: int, loss: str, on_batch: Callable[[int], None] = lambda done: None
+    criterion: str,
+    task: Task,
+    *,
+    images: int,
+    batch: int,
+    loss: str,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> ChannelScores:
     """Scores of the unpruned model on the task's calibration images.
 
@@ -33,7 +40,9 @@ def compute_scores(
     model = task.load_model()
     function = task.loss if loss == "task" else task.outputs
     layers = taylor(model, task.calibration(images, batch), function, on_batch)
-    return ChannelScores(criterion, task.model_key, scores_data_key(task, images=images, batch=batch, loss=loss), layers)
+    return ChannelScores(
+        criterion, task.model_key, scores_data_key(task, images=images, batch=batch, loss=loss), layers
+    )
 
 
 def scores_data_key(task: Task, *, images: int, batch: int, loss: str) -> str:

@@ -1,9 +1,11 @@
 """Export: one point of a front becomes a folder that can be shipped, checked before it is written.
 
-    DIR/  the runtime's model file (model.onnx, model.pt2, ...), model.pt (for detection, opens with YOLO), plan.json, metrics.json
+    DIR/  the runtime's model file (model.onnx, model.pt2, ...), model.pt (for detection, opens with YOLO),
+    plan.json, metrics.json
 
-Replays the trial's plan on the original weights, loads the recovered state, and compares the artifact with the PyTorch model on real images
-and with the accuracy that the trial recorded. Of MLflow it knows the model registry, nothing else.
+Replays the trial's plan on the original weights, loads the recovered state, and compares the artifact with
+the PyTorch model on real images and with the accuracy that the trial recorded. Of MLflow it knows the model
+registry, nothing else.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ def export_best(
     """Export one point of a device's front; nothing said, its knee.
 
     Args:
-        out: the folder to write; default `exports/<device>` in the output folder. Replaced as a whole, and only after the checks.
+        out: the folder to write; default `exports/<device>` in the output folder. Replaced as a whole, and
+            only after the checks.
         register: also make it the `champion` of `<study>.<device>` in MLflow's registry.
 
     Returns:
@@ -64,7 +67,10 @@ def export_best(
     found = fronts_of(study, [device])[device]
     chosen = found.front.choose(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, trial=trial)
     source = workspace.trial(device, chosen.trial)
-    notice(f"{device}: trial {chosen.trial}, accuracy {chosen.accuracy:.4f}, {chosen.latency_ms:.2f} ms ({chosen.speedup:.2f}x)")
+    notice(
+        f"{device}: trial {chosen.trial}, accuracy {chosen.accuracy:.4f}, {chosen.latency_ms:.2f} ms "
+        f"({chosen.speedup:.2f}x)"
+    )
     shop = Shop(study, workspace, notice=notice)
     model, plan = restore(shop, source, chosen)
     target = out or workspace.folder / "exports" / device
@@ -77,12 +83,16 @@ def export_best(
             parity = check_parity(model, artifact, shop.task, _PARITY_IMAGES)
         except ValueError as error:
             raise SearchError(f"export refused: {error}") from error
-        notice(f"outputs equal PyTorch's within {parity:.1e} (allowed {PARITY_TOLERANCE:g}) on {_PARITY_IMAGES} images")
+        notice(
+            f"outputs equal PyTorch's within {parity:.1e} (allowed {PARITY_TOLERANCE:g}) on "
+            f"{_PARITY_IMAGES} images"
+        )
         accuracy = shop.task.evaluate(open_artifact(artifact, threads=study.device(device).threads))
         assert chosen.accuracy is not None
         if not abs(accuracy - chosen.accuracy) <= ACCURACY_TOLERANCE:
             raise SearchError(
-                f"export refused: {shop.task.metric} through the artifact must be within {ACCURACY_TOLERANCE} of the recorded "
+                f"export refused: {shop.task.metric} through the artifact must be within "
+                f"{ACCURACY_TOLERANCE} of the recorded "
                 f"{chosen.accuracy:.4f}, got {accuracy:.4f}"
             )
         notice(f"{shop.task.metric} through the artifact {accuracy:.4f}, recorded {chosen.accuracy:.4f}")
@@ -108,12 +118,15 @@ def restore(shop: Shop, folder: Path, result: TrialResult) -> tuple[Any, Pruning
 
     if not (folder / "model.safetensors").exists() or not (folder / "plan.json").exists():
         raise SearchError(
-            f"the files of trial {result.trial} are not in this output folder; it ran on another machine, or they were deleted. "
+            f"the files of trial {result.trial} are not in this output folder; it ran on another machine, "
+            "or they were deleted. "
             f"Its MLflow run holds them"
         )
     plan = PruningPlan.load(folder / "plan.json")
     if plan.digest != result.plan_digest:
-        raise SearchError(f"plan.json of trial {result.trial} is not the recorded one; it was edited or replaced")
+        raise SearchError(
+            f"plan.json of trial {result.trial} is not the recorded one; it was edited or replaced"
+        )
     model = shop.task.load_model()
     if not plan.is_empty:
         prune(model, plan, shop.task.settle)
@@ -152,7 +165,11 @@ def metrics_json(
         "params": result.params,
         "macs": result.macs,
         "input_shape": list(shop.task.input_shape),
-        "parity": {"largest_relative_difference": parity, "allowed": PARITY_TOLERANCE, "images": _PARITY_IMAGES},
+        "parity": {
+            "largest_relative_difference": parity,
+            "allowed": PARITY_TOLERANCE,
+            "images": _PARITY_IMAGES,
+        },
         "model_key": shop.task.model_key,
         "data_key": shop.task.data_key,
         "plan_digest": result.plan_digest,
@@ -192,7 +209,10 @@ def register_export(study: StudyFile, device: str, folder: Path, run_id: str | N
     from mlflow.exceptions import MlflowException
 
     if run_id is None:
-        raise SearchError(f"trial to register has no run in MLflow; run paretoprune search {study.source.name} to send what waits")
+        raise SearchError(
+            f"trial to register has no run in MLflow; run paretoprune search {study.source.name} to send "
+            "what waits"
+        )
     client = open_tracker(study).client()
     name = f"{study.name}.{device}"
     client.log_artifacts(run_id, str(folder), _REGISTERED_PATH)
@@ -204,11 +224,15 @@ def register_export(study: StudyFile, device: str, folder: Path, run_id: str | N
         before: str | None = client.get_model_version_by_alias(name, "champion").version
     except MlflowException:
         before = None
-    version = client.create_model_version(name, source=f"runs:/{run_id}/{_REGISTERED_PATH}", run_id=run_id).version
+    version = client.create_model_version(
+        name, source=f"runs:/{run_id}/{_REGISTERED_PATH}", run_id=run_id
+    ).version
     if before is not None:
         client.set_registered_model_alias(name, "previous", before)
     client.set_registered_model_alias(name, "champion", version)
-    return f"registered {name} version {version} as champion" + (f", version {before} is previous" if before else "")
+    return f"registered {name} version {version} as champion" + (
+        f", version {before} is previous" if before else ""
+    )
 
 
 def read_metrics(folder: Path) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """The Pareto front of one device: the trials that no other trial beats in both accuracy and latency.
 
-Knows results only: not how they were measured, nor Optuna's own front. Accuracy is maximised, latency minimised.
+Knows results only: not how they were measured, nor Optuna's own front. Accuracy is maximised, latency
+    minimised.
 
-Tie rule, the only one in the project: a point is dominated where another one is at least as good in both values and
+Tie rule, the only one in the project: a point is dominated where another one is at least as good in both
+    values and
 better in one; of points equal in both, the one with the lowest trial number stays.
 """
 
@@ -44,10 +46,13 @@ class ParetoFront:
                 raise ValueError(f"a front holds complete trials only, trial {point.trial} is {point.state}")
             for name in ("accuracy", "latency_ms"):
                 if not math.isfinite(getattr(point, name)):
-                    raise ValueError(f"trial {point.trial}: {name} must be finite, got {getattr(point, name)}")
+                    raise ValueError(
+                        f"trial {point.trial}: {name} must be finite, got {getattr(point, name)}"
+                    )
             if (point.device, point.fingerprint) != (self.device, self.fingerprint):
                 raise ValueError(
-                    f"trial {point.trial} was measured on {point.device} ({point.fingerprint}), this front is of "
+                    f"trial {point.trial} was measured on {point.device} ({point.fingerprint}), this front "
+                    "is of "
                     f"{self.device} ({self.fingerprint}); numbers of different machines do not compare"
                 )
 
@@ -76,9 +81,9 @@ class ParetoFront:
     def hypervolume(self) -> float:
         """Area that the front covers, in the unit square, higher is better.
 
-        Latency and accuracy are taken relative to the unpruned model; the reference point is (1, 0): the unpruned latency,
-        no accuracy at all. Points slower than the unpruned model cover nothing. Comparable between devices
-        and studies of one model.
+        Latency and accuracy are taken relative to the unpruned model; the reference point is (1, 0): the
+        unpruned latency, no accuracy at all. Points slower than the unpruned model cover nothing. Comparable
+        between devices and studies of one model.
         """
         base_ms, base_accuracy = _latency(self.baseline), _accuracy(self.baseline)
         if base_accuracy <= 0:
@@ -97,8 +102,8 @@ class ParetoFront:
     def knee(self) -> TrialResult:
         """The point farthest above the straight line between the front's ends, in relative units.
 
-        A front of one or two points has no knee; the faster end whose accuracy is the highest possible is returned then, that
-        is the most accurate point.
+        A front of one or two points has no knee; the faster end whose accuracy is the highest possible is
+        returned then, that is the most accurate point.
         """
         if len(self.points) < 3:
             return self.points[-1]
@@ -114,7 +119,11 @@ class ParetoFront:
         return max(self.points, key=lambda p: (above(p), -p.trial))
 
     def choose(
-        self, *, max_latency_ms: float | None = None, min_accuracy: float | None = None, trial: int | None = None
+        self,
+        *,
+        max_latency_ms: float | None = None,
+        min_accuracy: float | None = None,
+        trial: int | None = None,
     ) -> TrialResult:
         """One point: by number, by limits (the best accuracy within them), or the knee where nothing is said.
 
@@ -128,7 +137,9 @@ class ParetoFront:
                 if point.trial == trial:
                     return point
             have = ", ".join(str(p.trial) for p in self.points)
-            raise NoSuchPointError(f"trial {trial} is not on the front of {self.device}; its trials are {have}")
+            raise NoSuchPointError(
+                f"trial {trial} is not on the front of {self.device}; its trials are {have}"
+            )
         if max_latency_ms is None and min_accuracy is None:
             return self.knee
         within = [
@@ -140,8 +151,10 @@ class ParetoFront:
         if not within:
             fastest, best = self.points[0], self.points[-1]
             raise NoSuchPointError(
-                f"no point of {self.device} is within the limits asked (max latency {max_latency_ms} ms, min accuracy "
-                f"{min_accuracy}); the fastest is {_latency(fastest):.2f} ms at {_accuracy(fastest):.4f}, the "
+                f"no point of {self.device} is within the limits asked (max latency {max_latency_ms} ms, "
+                "min accuracy "
+                f"{min_accuracy}); the fastest is {_latency(fastest):.2f} ms at {_accuracy(fastest):.4f}, "
+                "the "
                 f"most accurate {_latency(best):.2f} ms at {_accuracy(best):.4f}"
             )
         return within[0] if max_latency_ms is None else within[-1]
@@ -150,7 +163,8 @@ class ParetoFront:
         """The device's entry of `paretoprune front --json`.
 
         Args:
-            runs: by trial number the texts that tracking knows, `run_id` and `model` (path of the model file).
+            runs: by trial number the texts that tracking knows, `run_id` and `model` (path of the model
+                file).
         """
         runs = runs or {}
         return {

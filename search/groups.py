@@ -1,7 +1,7 @@
 """Channel groups: the channels of a network that can only be removed together.
 
-Torch-Pruning's dependency graph finds which layers are coupled; what comes out is plain records in the names of the
-original model, so that nothing later needs a graph. Knows no scores and no devices.
+Torch-Pruning's dependency graph finds which layers are coupled; what comes out is plain records in the names
+of the original model, so that nothing later needs a graph. Knows no scores and no devices.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class Member:
 class ChannelGroup:
     """Channels that can only be removed together.
 
-    A residual stream is the typical case: channel j of every layer that adds into it, the batch norms behind them and
+    A residual stream is the typical case: channel j of every layer that adds into it, the batch norms behind
+        them and
     input j of every layer that reads it. Removing the group's channel j removes all of these; the rest of the
     network is then exactly what it was with that channel silenced.
     """
@@ -66,8 +67,8 @@ class ChannelGroups:
 
     Attributes:
         groups: in order of the network.
-        tied: sets of groups that must lose equal numbers of channels, because the model splits one layer's output evenly.
-            Which channels go is free in each.
+        tied: sets of groups that must lose equal numbers of channels, because the model splits one layer's
+            output evenly. Which channels go is free in each.
         widths: original `(in, out)` channels of every convolution and linear layer, prunable or not.
     """
 
@@ -118,7 +119,8 @@ class ChannelGroups:
         return into, out
 
     def select(self, include: Sequence[str] = ("*",), exclude: Sequence[str] = ()) -> ChannelGroups:
-        """The groups whose weighted layers all match `include` and none matches `exclude` (shell globs on layer names).
+        """The groups whose weighted layers all match `include` and none matches `exclude` (shell globs on
+        layer names).
 
         A tied set stays whole or goes whole.
 
@@ -138,7 +140,8 @@ class ChannelGroups:
                 kept -= set(names)
         if not kept:
             raise ValueError(
-                f"no channel group is left with include {list(include)} and exclude {list(exclude)}; layers are named "
+                f"no channel group is left with include {list(include)} and exclude {list(exclude)}; layers "
+                "are named "
                 f"like {self.groups[0].weighted[0].layer!r}"
             )
         return ChannelGroups(
@@ -162,19 +165,24 @@ def find_groups(traceable: Traceable, original: nn.Module) -> ChannelGroups:
     from torch import nn
 
     model = traceable.model
-    # requires_grad: without a gradient function the graph has no edges and every layer would look independent.
+    # requires_grad: without a gradient function the graph has no edges and every layer would look
+    # independent.
     for parameter in model.parameters():
         parameter.requires_grad_(True)
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=traceable.example, verbose=False)
     names = {module: name for name, module in model.named_modules()}
     fixed = set(traceable.fixed) | {
-        name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and 1 < m.groups < m.out_channels
+        name
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Conv2d) and 1 < m.groups < m.out_channels
     }
 
     groups: list[ChannelGroup] = []
     group_of: dict[str, str] = {}
     seen: set[str] = set()
-    for root in [m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m in graph.module2node]:
+    for root in [
+        m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)) and m in graph.module2node
+    ]:
         if names[root] in seen:
             continue
         pruner = graph.get_pruner_of_module(root)
@@ -188,7 +196,9 @@ def find_groups(traceable: Traceable, original: nn.Module) -> ChannelGroups:
             if isinstance(module, nn.Parameter):
                 prunable = False  # a bare parameter has no layer to record the cut under
                 continue
-            if module not in names or not isinstance(module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)):
+            if module not in names or not isinstance(
+                module, (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.BatchNorm1d)
+            ):
                 if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
                     prunable = False  # a layer with weights that we do not know how to narrow
                 continue
@@ -219,7 +229,9 @@ def find_groups(traceable: Traceable, original: nn.Module) -> ChannelGroups:
 
     groups, tied = _tie(groups, traceable.tied, group_of)
     if not groups:
-        raise ValueError("no layer of this model can be pruned: every channel reaches an output or a fixed layer")
+        raise ValueError(
+            "no layer of this model can be pruned: every channel reaches an output or a fixed layer"
+        )
     widths = {
         name: (m.in_channels, m.out_channels) if isinstance(m, nn.Conv2d) else (m.in_features, m.out_features)
         for name, m in original.named_modules()
@@ -233,7 +245,7 @@ def _members(
     channels: int,
     aliases: Mapping[str, tuple[str, int]],
 ) -> tuple[Member, ...] | None:
-    """Members in original names; None where a channel of the group has no or unequal counterparts in a layer."""
+    """Members in original names; None where a layer has unequal counterparts to the group's channels."""
     from torch import nn
 
     members: dict[tuple[str, Side, bytes], Member] = {}
@@ -246,7 +258,8 @@ def _members(
         if side == "out":
             index = index + offset
         weighted = side == "out" and isinstance(module, (nn.Conv2d, nn.Linear))
-        # Both halves of a split layer read the same input; in the original that is one layer, hence one member.
+        # Both halves of a split layer read the same input; in the original that is one layer, hence one
+        # member.
         members[layer, side, index.tobytes()] = Member(layer, side, index, weighted)
     return tuple(members.values())
 

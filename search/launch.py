@@ -1,4 +1,5 @@
-"""Launching a study and looking at what it found: the search, its record in MLflow, and the report, put together.
+"""Launching a study and looking at what it found: the search, its record in MLflow, and the report, put
+together.
 
 What the commands, the quickstart and a notebook all call.
 """
@@ -145,7 +146,10 @@ def _find(study: StudyFile, device: str) -> Found | None:
         return None
     runs: dict[int, dict[str, str]] = {}
     for result in device_study.results():
-        model = next((p for p in workspace.trial(device, result.trial).glob("model.*") if p.suffix in MODEL_SUFFIXES), None)
+        model = next(
+            (p for p in workspace.trial(device, result.trial).glob("model.*") if p.suffix in MODEL_SUFFIXES),
+            None,
+        )
         if model is not None:
             runs[result.trial] = {"model": model.relative_to(study.folder).as_posix()}
     return Found(front, tuple(device_study.results()), runs)
@@ -163,7 +167,8 @@ def fronts_of(study: StudyFile, devices: Sequence[str]) -> dict[str, Found]:
     found = {name: f for name in devices if (f := _find(study, name)) is not None}
     if not found:
         raise SearchError(
-            f"study {study.name} has no front yet for {', '.join(devices)}; run paretoprune search {study.source.name} first"
+            f"study {study.name} has no front yet for {', '.join(devices)}; run paretoprune search "
+            f"{study.source.name} first"
         )
     tracker = open_tracker(study)
     for name, f in found.items():
@@ -190,7 +195,9 @@ def write_study_report(study: StudyFile, found: dict[str, Found], path: Path) ->
         profiles=profiles,
         widths=widths,
         limits={name: study.limits_of(name).model_dump(exclude_none=True) for name in found},
-        run_ids={name: {n: r["run_id"] for n, r in f.runs.items() if "run_id" in r} for name, f in found.items()},
+        run_ids={
+            name: {n: r["run_id"] for n, r in f.runs.items() if "run_id" in r} for name, f in found.items()
+        },
         study_file=study.source.name,
     )
 

@@ -1,7 +1,7 @@
 """Pruning plans: which channels go, replayable from the original weights alone.
 
-A plan names indices of the ORIGINAL model and the layers they narrow, so a replay needs neither a dependency graph nor
-the order in which the channels were chosen. Knows nothing of why these channels were chosen.
+A plan names indices of the ORIGINAL model and the layers they narrow, so a replay needs neither a dependency
+graph nor the order in which the channels were chosen. Knows nothing of why these channels were chosen.
 """
 
 from __future__ import annotations
@@ -41,11 +41,17 @@ class LayerCut:
             ("out", self.channels_out, self.removed_out),
         ):
             if list(removed) != sorted(set(removed)):
-                raise ValueError(f"removed_{side} must be sorted without repetition, got {list(removed)[:8]}...")
+                raise ValueError(
+                    f"removed_{side} must be sorted without repetition, got {list(removed)[:8]}..."
+                )
             if removed and not 0 <= removed[0] <= removed[-1] < channels:
-                raise ValueError(f"removed_{side} must lie in [0, {channels}), got {removed[0]}..{removed[-1]}")
+                raise ValueError(
+                    f"removed_{side} must lie in [0, {channels}), got {removed[0]}..{removed[-1]}"
+                )
             if removed and len(removed) == channels:
-                raise ValueError(f"a layer never loses all its channels, got all {channels} of its {side} side")
+                raise ValueError(
+                    f"a layer never loses all its channels, got all {channels} of its {side} side"
+                )
 
     @property
     def kept_in(self) -> int:
@@ -71,15 +77,17 @@ class PruningPlan:
     layers: Mapping[str, LayerCut] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model_key: str, groups: ChannelGroups, removed: Mapping[str, NDArray[np.int64]]) -> PruningPlan:
+    def of(
+        cls, model_key: str, groups: ChannelGroups, removed: Mapping[str, NDArray[np.int64]]
+    ) -> PruningPlan:
         """The plan that removes these channels of these groups.
 
         Args:
             removed: group name to channel indices of that group, in any order.
 
         Raises:
-            ValueError: an unknown group, an index out of range, a group or layer left empty, or tied groups that lose
-                different numbers of channels.
+            ValueError: an unknown group, an index out of range, a group or layer left empty, or tied groups
+                that lose different numbers of channels.
         """
         out: dict[str, list[NDArray[np.int64]]] = {}
         into: dict[str, list[NDArray[np.int64]]] = {}
@@ -88,7 +96,9 @@ class PruningPlan:
         for name, indices in removed.items():
             group = groups.by_name.get(name)
             if group is None:
-                raise ValueError(f"group must be one of the model's {len(groups.groups)} groups, got {name!r}")
+                raise ValueError(
+                    f"group must be one of the model's {len(groups.groups)} groups, got {name!r}"
+                )
             indices = np.unique(np.asarray(indices, dtype=np.int64))
             if len(indices) == 0:
                 continue
@@ -155,7 +165,9 @@ class PruningPlan:
             ValueError: another format version, or indices that break a rule.
         """
         if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"a plan's format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}")
+            raise ValueError(
+                f"a plan's format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}"
+            )
         return cls(
             data["model_key"],
             {name: tuple(indices) for name, indices in data["removed"].items()},

@@ -1,4 +1,5 @@
-"""Progress on the terminal's error stream: trial, step, time left, best so far. Live where there is a terminal, plain lines elsewhere.
+"""Progress on the terminal's error stream: trial, step, time left, best so far. Live where there is a
+terminal, plain lines elsewhere.
 
 Only shows; nothing depends on it.
 """
@@ -32,7 +33,9 @@ class ConsoleProgress:
         self._step = ""
         self._began = time.monotonic()
         self._live = (
-            Live(console=console, refresh_per_second=4, get_renderable=self._render) if console.is_terminal else None
+            Live(console=console, refresh_per_second=4, get_renderable=self._render)
+            if console.is_terminal
+            else None
         )
 
     def __enter__(self) -> ConsoleProgress:
@@ -44,14 +47,21 @@ class ConsoleProgress:
         if self._live:
             self._live.stop()
 
-    # ---- what a search tells ---------------------------------------------------------------------------------------
+    # ---- what a search tells
+    # ---------------------------------------------------------------------------------------
 
     def notice(self, text: str) -> None:
         self._console.print(Text(text, style="dim"))
 
-    def trial_begins(self, device: str, number: int, done: int, wanted: int, params: TrialParams | None) -> None:
+    def trial_begins(
+        self, device: str, number: int, done: int, wanted: int, params: TrialParams | None
+    ) -> None:
         self._done[device], self._wanted, self._began = done, wanted, time.monotonic()
-        what = "unpruned model" if number == 0 or params is None else f"β {params.beta:.3f}, ratio {params.ratio:.3f}"
+        what = (
+            "unpruned model"
+            if number == 0 or params is None
+            else f"β {params.beta:.3f}, ratio {params.ratio:.3f}"
+        )
         self._head = f"{device}  trial {number} ({min(done + (number > 0), wanted)} of {wanted})  {what}"
         if not self._live:
             self._console.print(self._head + self._time_left())
@@ -73,7 +83,8 @@ class ConsoleProgress:
         self._head, self._step = "", ""
         self._console.print(describe(result, self._metric, front))
 
-    # ---- drawing ---------------------------------------------------------------------------------------------------
+    # ---- drawing
+    # ---------------------------------------------------------------------------------------------------
 
     def _time_left(self) -> str:
         left = sum(max(0, self._wanted - done) for done in self._done.values())
@@ -97,7 +108,9 @@ def describe(result: TrialResult, metric: str, front: ParetoFront | None) -> str
     head = f"{result.device} trial {result.trial}"
     if result.state != "complete":
         return f"{head}: {result.state}, {result.reason}"
-    assert result.latency_ms is not None and result.accuracy is not None and result.speedup is not None
+    assert result.latency_ms is not None
+    assert result.accuracy is not None
+    assert result.speedup is not None
     line = f"{head}: {metric} {result.accuracy:.4f}, {result.latency_ms:.2f} ms"
     if result.trial > 0:
         low, high = result.speedup_ci or (result.speedup, result.speedup)
@@ -111,7 +124,8 @@ def describe(result: TrialResult, metric: str, front: ParetoFront | None) -> str
 def front_table(device: str, front: ParetoFront, metric: str, limit: int | None = None) -> Table:
     """The front as a terminal table."""
     base = front.baseline
-    assert base.latency_ms is not None and base.accuracy is not None
+    assert base.latency_ms is not None
+    assert base.accuracy is not None
     table = Table(
         title=f"{device}: unpruned {base.latency_ms:.2f} ms, {metric} {base.accuracy:.4f}; "
         f"hypervolume {front.hypervolume:.4f}",

@@ -40,7 +40,8 @@ def prune(model: nn.Module, plan: PruningPlan, settle: Callable[[nn.Module], Non
         width = _width(layer)
         if width != (cut.channels_in, cut.channels_out):
             raise WidthError(
-                f"{name} must have {cut.channels_in} inputs and {cut.channels_out} outputs to apply this plan, got "
+                f"{name} must have {cut.channels_in} inputs and {cut.channels_out} outputs to apply this "
+                "plan, got "
                 f"{width[0]} and {width[1]}; plans hold indices into the unpruned model"
             )
         out, into = list(cut.removed_out), list(cut.removed_in)
@@ -56,7 +57,9 @@ def prune(model: nn.Module, plan: PruningPlan, settle: Callable[[nn.Module], Non
             else:
                 tp.prune_batchnorm_out_channels(layer, out)
         if into:
-            (tp.prune_conv_in_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_in_channels)(layer, into)
+            (tp.prune_conv_in_channels if isinstance(layer, nn.Conv2d) else tp.prune_linear_in_channels)(
+                layer, into
+            )
     settle(model)
     check_widths(model, plan)
     return model
@@ -90,6 +93,5 @@ def _width(layer: nn.Module) -> tuple[int, int]:
         return int(layer.weight.shape[1]) * layer.groups, int(layer.weight.shape[0])
     if isinstance(layer, nn.Linear):
         return int(layer.weight.shape[1]), int(layer.weight.shape[0])
-    weight = layer.weight
-    assert weight is not None and not callable(weight)
+    weight = layer.get_parameter("weight")
     return 0, int(weight.shape[0])

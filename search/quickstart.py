@@ -1,7 +1,9 @@
-"""Quickstart: the whole main job on a small detection set that it makes itself. No network, no data, nothing to configure.
+"""Quickstart: the whole main job on a small detection set that it makes itself. No network, no data, nothing
+to configure.
 
-Makes images of shapes, trains a small YOLO on them, searches on two runtimes of this machine, exports the best model of each. Every part
-is kept in one folder and found there again, so an interrupted quickstart goes on. The study it leaves is an ordinary one.
+Makes images of shapes, trains a small YOLO on them, searches on two runtimes of this machine, exports the
+best model of each. Every part is kept in one folder and found there again, so an interrupted quickstart goes
+on. The study it leaves is an ordinary one.
 """
 
 from __future__ import annotations
@@ -119,19 +121,30 @@ def run_quickstart(folder: Path, *, trials: int, console: Console) -> None:
 def _train(folder: Path, data: Path, weights: Path, console: Console) -> None:
     """Train the small detector from scratch."""
     architecture = folder / "shapes-yolo.yaml"
-    architecture.write_text(yaml.safe_dump({**_ARCHITECTURE, "scale": "n"}, sort_keys=False), encoding="utf-8")
+    architecture.write_text(
+        yaml.safe_dump({**_ARCHITECTURE, "scale": "n"}, sort_keys=False), encoding="utf-8"
+    )
     task = DetectionTask(model=str(architecture), data=str(data), imgsz=IMGSZ)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.fields[note]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         bar = progress.add_task("training a small YOLO on them", total=_EPOCHS, note="")
 
         def on_epoch(done: int, epochs: int, accuracy: float) -> bool:
-            progress.update(bar, completed=done, note=f"epoch {done} of {epochs}, {task.metric} {accuracy:.3f}")
+            progress.update(
+                bar, completed=done, note=f"epoch {done} of {epochs}, {task.metric} {accuracy:.3f}"
+            )
             if not console.is_terminal:
                 console.print(f"epoch {done} of {epochs}: {task.metric} {accuracy:.3f}")
             return True
 
-        recovery = Recovery(epochs=_EPOCHS, lr=3e-3, batch=16, reestimate_images=0, options={"warmup_epochs": 1.0})
+        recovery = Recovery(
+            epochs=_EPOCHS, lr=3e-3, batch=16, reestimate_images=0, options={"warmup_epochs": 1.0}
+        )
         model = task.recover(task.load_model(), recovery, folder / "training", on_epoch)
     partial = weights.with_suffix(".partial.pt")
     task.save(model, partial)

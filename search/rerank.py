@@ -1,8 +1,10 @@
-"""Reranking: cached scores weighed with one device's cached latency profile, summed over groups. Microseconds, no forward pass.
+"""Reranking: cached scores weighed with one device's cached latency profile, summed over groups.
+Microseconds, no forward pass.
 
-Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equations (5) to (7). Equation (7) and its stated
-property decide (among channels of equal score the one of the slower layer goes first), not the sentence in section 6.3 that says the
-opposite.
+Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equations (5) to (7). Equation (7)
+    and its stated
+property decide (among channels of equal score the one of the slower layer goes first), not the sentence in
+section 6.3 that says the opposite.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ def normalise(delta_ms: Mapping[str, float]) -> dict[str, float]:
     """
     largest = max(delta_ms.values(), default=0.0)
     if largest <= 0:
-        raise ValueError(f"at least one layer needs a positive latency, got {dict(list(delta_ms.items())[:3])}")
-    # A runtime may fold a layer into its neighbour and report nothing for it; a zero would make its score infinite.
+        raise ValueError(
+            f"at least one layer needs a positive latency, got {dict(list(delta_ms.items())[:3])}"
+        )
+    # A runtime may fold a layer into its neighbour and report nothing for it; a zero would make its score
+    # infinite.
     smallest = min(v for v in delta_ms.values() if v > 0)
     return {layer: max(value, smallest) / largest for layer, value in delta_ms.items()}
 
@@ -41,7 +46,8 @@ def hardware_scores(
 
     Args:
         scores: layer name to `(channels,)`, equation (3).
-        delta_norm: layer name to normalised latency per channel, equation (6); layers that are missing keep their score.
+        delta_norm: layer name to normalised latency per channel, equation (6); layers that are missing keep
+            their score.
         beta: in [0, 1]; 0 returns the scores themselves, exactly.
 
     Raises:

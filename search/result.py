@@ -63,8 +63,8 @@ class TrialResult:
         asked: the trial's parameters.
         state: `complete` (has accuracy and latency), `stopped` (ended early, see `reason`) or `failed`.
         accuracy: the task's metric of the recovered model (mAP50-95 or top-1), in [0, 1].
-        latency_ms: the measured ratio to the unpruned model times the unpruned model's latency in this study, so
-            that a drift of the machine between two trials moves no point.
+        latency_ms: the measured ratio to the unpruned model times the unpruned model's latency in this study,
+            so that a drift of the machine between two trials moves no point.
         latency_p90_ms: 90th percentile, scaled alike.
         latency_raw_ms: median of the candidate's own samples, as the clock gave them.
         speedup: unpruned over pruned latency, measured in turns; `speedup_ci` its 95% interval.

@@ -1,7 +1,9 @@
-"""Samplers by name, made so that a suggestion depends on the seed, the trial's number and the trials before it, and on nothing else.
+"""Samplers by name, made so that a suggestion depends on the seed, the trial's number and the trials before
+it, and on nothing else.
 
-A sampler that lives as long as its process draws differently after a restart; one that starts anew with the same seed draws the same
-points again. Both are wrong for a study that may be resumed, so each trial gets a sampler of its own.
+A sampler that lives as long as its process draws differently after a restart; one that starts anew with the
+same seed draws the same points again. Both are wrong for a study that may be resumed, so each trial gets a
+sampler of its own.
 """
 
 from __future__ import annotations
@@ -26,9 +28,10 @@ _STARTUP_TRIALS = 6
 class SpacedSampler(BaseSampler):
     """Draws from a declared space, whatever the trials so far were stored with.
 
-    Optuna's samplers infer their space from the trials they see, and fall back to independent random draws where one trial's ranges differ;
-    trial 0, the unpruned model, always does. Choices of beta or ratio that lack its 0 would even be an error to them, so the inner sampler
-    sees such choices as a range, and what it draws is moved to the nearest choice.
+    Optuna's samplers infer their space from the trials they see, and fall back to independent random draws
+    where one trial's ranges differ; trial 0, the unpruned model, always does. Choices of beta or ratio that
+    lack its 0 would even be an error to them, so the inner sampler sees such choices as a range, and what it
+    draws is moved to the nearest choice.
     """
 
     def __init__(self, inner: BaseSampler, space: dict[str, BaseDistribution]):
@@ -46,7 +49,11 @@ class SpacedSampler(BaseSampler):
         return min(self._choices[name], key=lambda c: abs(c - value)) if name in self._choices else value
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {name: widened(name, self._space[name]) for name, d in sorted(self._drawn.items()) if not d.single()}
+        return {
+            name: widened(name, self._space[name])
+            for name, d in sorted(self._drawn.items())
+            if not d.single()
+        }
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -57,9 +64,12 @@ class SpacedSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
-        # Only TPE looks at earlier trials here; the others draw blindly, and from the choices themselves all are equally likely.
+        # Only TPE looks at earlier trials here; the others draw blindly, and from the choices themselves all
+        # are equally likely.
         space = self._drawn if isinstance(self._inner, optuna.samplers.TPESampler) else self._space
-        value = self._inner.sample_independent(study, trial, param_name, space.get(param_name, param_distribution))
+        value = self._inner.sample_independent(
+            study, trial, param_name, space.get(param_name, param_distribution)
+        )
         return self._nearest(param_name, value)
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
@@ -107,7 +117,9 @@ def make_sampler(name: str, space: dict[str, BaseDistribution], *, seed: int, tr
 
 
 def grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
-    """The grid over a space: beta in quarters (the paper's 0, 0.25, 0.5, 0.75, 1 over the whole range), other numbers in six steps."""
+    """The grid over a space: beta in quarters (the paper's 0, 0.25, 0.5, 0.75, 1 over the whole range), other
+    numbers in six steps.
+    """
     points: dict[str, list[Any]] = {}
     for name, distribution in space.items():
         if isinstance(distribution, CategoricalDistribution):

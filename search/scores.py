@@ -1,6 +1,8 @@
-"""Channel scores: how much the loss would change without a channel. Computed once per model and data, then cached.
+"""Channel scores: how much the loss would change without a channel. Computed once per model and data, then
+cached.
 
-Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equation (3). Knows no device and no plan.
+Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equation (3). Knows no device and no
+    plan.
 """
 
 from __future__ import annotations
@@ -44,7 +46,8 @@ class ChannelScores:
             if values.ndim != 1 or not np.isfinite(values).all() or (values < 0).any():
                 bad = values[~np.isfinite(values) | (values < 0)]
                 raise ValueError(
-                    f"scores of {name} must be one finite number >= 0 per channel, got shape {values.shape} with "
+                    f"scores of {name} must be one finite number >= 0 per channel, got shape {values.shape} "
+                    "with "
                     f"{bad[:3].tolist()}"
                 )
 
@@ -61,7 +64,9 @@ class ChannelScores:
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".partial")
-        save_file({name: np.ascontiguousarray(v) for name, v in self.layers.items()}, partial, metadata=header)
+        save_file(
+            {name: np.ascontiguousarray(v) for name, v in self.layers.items()}, partial, metadata=header
+        )
         partial.replace(path)
         return path
 
@@ -79,7 +84,8 @@ class ChannelScores:
                 header = file.metadata() or {}
                 if header.get("format_version") != str(FORMAT_VERSION):
                     raise ValueError(
-                        f"{path.name}: format_version must be {FORMAT_VERSION}, got {header.get('format_version')}"
+                        f"{path.name}: format_version must be {FORMAT_VERSION}, got "
+                        f"{header.get('format_version')}"
                     )
                 layers = {name: file.get_tensor(name) for name in json.loads(header["layers"])}
         except (SafetensorError, KeyError, OSError, json.JSONDecodeError) as error:
@@ -95,9 +101,10 @@ def taylor(
 ) -> dict[str, FloatArray]:
     """First-order Taylor scores of every convolution and linear output, equation (3).
 
-    For each image, the product of a channel's activation map with the gradient of the loss is summed over the map; its absolute value
-    is averaged over the images. A channel's map is taken where it is last a map of its own: behind the batch norm and the activation
-    that follow the layer, because that is what removing the channel removes.
+    For each image, the product of a channel's activation map with the gradient of the loss is summed over the
+    map; its absolute value is averaged over the images. A channel's map is taken where it is last a map of
+    its own: behind the batch norm and the activation that follow the layer, because that is what removing the
+    channel removes.
 
     Args:
         model: in eval mode, parameters on any device.
@@ -115,7 +122,9 @@ def taylor(
     from torch import nn
 
     model.eval()
-    names: dict[nn.Module, str] = {m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    names: dict[nn.Module, str] = {
+        m: n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))
+    }
     totals: dict[str, FloatArray] = {}
     images = 0
     done = 0
@@ -130,10 +139,16 @@ def taylor(
                 continue
             product = (map_.detach() * gradient).double()
             # (images, channels, rest): a linear layer on tokens has its channels last
-            product = product.flatten(2).sum(2) if product.ndim == 4 else product.reshape(len(product), -1, product.shape[-1]).sum(1)
+            product = (
+                product.flatten(2).sum(2)
+                if product.ndim == 4
+                else product.reshape(len(product), -1, product.shape[-1]).sum(1)
+            )
             score = product.abs().sum(0).cpu().numpy()
             if not np.isfinite(score).all():
-                raise ValueError(f"the gradient at {name} is not finite on batch {done}; check the loss on this data")
+                raise ValueError(
+                    f"the gradient at {name} is not finite on batch {done}; check the loss on this data"
+                )
             totals[name] = totals.get(name, 0.0) + score
             count = max(count, len(product))
         images += count
@@ -147,9 +162,9 @@ def taylor(
 class _ActivationMaps:
     """Follows each layer's output through batch norm and activation modules during one forward pass.
 
-    Works on tensor identity rather than on module structure, so it needs no knowledge of a framework's blocks. Identities are
-    safe because every followed tensor is kept alive here. A tensor that was written to in between (`out += shortcut`) is no
-    longer the layer's own map, and is not followed further.
+    Works on tensor identity rather than on module structure, so it needs no knowledge of a framework's
+    blocks. Identities are safe because every followed tensor is kept alive here. A tensor that was written to
+    in between (`out += shortcut`) is no longer the layer's own map, and is not followed further.
     """
 
     def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
@@ -176,13 +191,24 @@ class _ActivationMaps:
             if name is None or not isinstance(output, torch.Tensor):
                 return None
             maps[name] = output
-            # The network goes on with a copy: `out += shortcut` would otherwise change the recorded map in place.
+            # The network goes on with a copy: `out += shortcut` would otherwise change the recorded map in
+            # place.
             onward = output.clone()
             owner[id(onward)] = (name, onward._version)
             keep.append(onward)
             return onward
 
-        elementwise = (_BatchNorm, nn.ReLU, nn.ReLU6, nn.SiLU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.ELU)
+        elementwise = (
+            _BatchNorm,
+            nn.ReLU,
+            nn.ReLU6,
+            nn.SiLU,
+            nn.GELU,
+            nn.Hardswish,
+            nn.LeakyReLU,
+            nn.Sigmoid,
+            nn.ELU,
+        )
         followers = [m for m in self._model.modules() if isinstance(m, elementwise)]
         self._handles = [m.register_forward_pre_hook(look) for m in followers]
         self._handles += [m.register_forward_hook(follow) for m in (*self._names, *followers)]

@@ -1,6 +1,8 @@
-"""The search space: the study file's `search` section as Optuna distributions, and suggestions as `TrialParams`.
+"""The search space: the study file's `search` section as Optuna distributions, and suggestions as
+`TrialParams`.
 
-Two views of every searched key: the range a sampler draws from, and the wider one a trial is stored with, which also
+Two views of every searched key: the range a sampler draws from, and the wider one a trial is stored with,
+    which also
 holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial.
 """
 
@@ -65,7 +67,9 @@ def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> T
 
 
 def fixed_params(search: SearchSection, auto_round_to: int) -> TrialParams:
-    """The parameters of a search section in which beta and ratio are fixed; of other searched keys the first choice."""
+    """The parameters of a search section in which beta and ratio are fixed; of other searched keys the first
+    choice.
+    """
     values: dict[str, Any] = {}
     for key in KEYS:
         value = getattr(search, key)
@@ -87,8 +91,8 @@ def unpruned_point(search: SearchSection) -> dict[str, Any]:
 def known_points(search: SearchSection) -> list[dict[str, Any]]:
     """Points worth trying before any sampler has something to go on, within the searched ranges.
 
-    Plain Taylor (beta 0) at a quarter, half and three quarters of the ratio range, and the paper's beta 0.5 at 30%. Other searched
-    keys are left to the sampler.
+    Plain Taylor (beta 0) at a quarter, half and three quarters of the ratio range, and the paper's beta 0.5
+    at 30%. Other searched keys are left to the sampler.
     """
     space = searched_space(search)
 
@@ -106,5 +110,4 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
     for share in (0.5, 0.25, 0.75):
         points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
     points.append({**nearest("beta", 0.5), **nearest("ratio", 0.3)})
-    unique = [p for i, p in enumerate(points) if p and p not in points[:i]]
-    return unique
+    return [p for i, p in enumerate(points) if p and p not in points[:i]]

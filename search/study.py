@@ -1,7 +1,7 @@
 """The study: Optuna asks, a trial answers, and every answer is safe on disk before anybody is told.
 
-One Optuna study per device, all in one storage; devices take turns, so that every front grows. Knows the bench and the
-trial; it does not know how either works inside.
+One Optuna study per device, all in one storage; devices take turns, so that every front grows. Knows the
+bench and the trial; it does not know how either works inside.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Progress(Listener, Protocol):
 
     def notice(self, text: str) -> None: ...
 
-    def trial_begins(self, device: str, number: int, done: int, wanted: int, params: TrialParams | None) -> None: ...
+    def trial_begins(
+        self, device: str, number: int, done: int, wanted: int, params: TrialParams | None
+    ) -> None: ...
 
     def trial_ends(self, result: TrialResult, front: ParetoFront | None) -> None: ...
 
@@ -63,7 +65,9 @@ class Recorder(Protocol):
 class DeviceStudy:
     """One device's Optuna study, with the rules that keep it resumable."""
 
-    def __init__(self, study: StudyFile, device: str, storage: optuna.storages.BaseStorage, workspace: Workspace):
+    def __init__(
+        self, study: StudyFile, device: str, storage: optuna.storages.BaseStorage, workspace: Workspace
+    ):
         self.file = study
         self.device = device
         self.workspace = workspace
@@ -86,7 +90,8 @@ class DeviceStudy:
             return None
         return cls(study, device, storage, workspace)
 
-    # ---- what there is ---------------------------------------------------------------------------------------------
+    # ---- what there is
+    # ---------------------------------------------------------------------------------------------
 
     def results(self) -> list[TrialResult]:
         """All finished trials, by number, from any worker."""
@@ -107,13 +112,15 @@ class DeviceStudy:
         """Finished trials besides trial 0."""
         return sum(r.trial > 0 for r in self.results())
 
-    # ---- identity --------------------------------------------------------------------------------------------------
+    # ---- identity
+    # --------------------------------------------------------------------------------------------------
 
     def claim(self, bench: Bench) -> None:
         """Make sure that new results compare with those that are there.
 
         Raises:
-            SearchError: the study was begun with another model, other data, other training or on another machine.
+            SearchError: the study was begun with another model, other data, other training or on another
+                machine.
         """
         identity = {
             "model": bench.task.model_key,
@@ -128,13 +135,17 @@ class DeviceStudy:
             return
         changed = [key for key in identity if known.get(key) != identity[key]]
         if changed:
-            what = "; ".join(f"{key} was {_brief(known.get(key))}, is {_brief(identity[key])}" for key in changed)
+            what = "; ".join(
+                f"{key} was {_brief(known.get(key))}, is {_brief(identity[key])}" for key in changed
+            )
             raise SearchError(
-                f"study {self.file.name} on {self.device} was begun under other conditions ({what}), and its numbers would not "
+                f"study {self.file.name} on {self.device} was begun under other conditions ({what}), and "
+                "its numbers would not "
                 f"compare; give the study another name, or another --dir"
             )
 
-    # ---- asking ----------------------------------------------------------------------------------------------------
+    # ---- asking
+    # ----------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Queue the unpruned model and the known good points, once."""
@@ -160,10 +171,13 @@ class DeviceStudy:
 
     def _seat_sampler(self, number: int) -> None:
         search = self.file.search
-        self.optuna.sampler = make_sampler(search.sampler, searched_space(search), seed=self.file.seed, trial=number)
+        self.optuna.sampler = make_sampler(
+            search.sampler, searched_space(search), seed=self.file.seed, trial=number
+        )
 
     def _adopt(self) -> optuna.Trial | None:
-        """A running trial whose worker is gone goes on here, under its own number and with its own parameters.
+        """A running trial whose worker is gone goes on here, under its own number and with its own
+        parameters.
 
         If it had measured everything before its worker died, it is told and nothing is run again.
         """
@@ -178,15 +192,17 @@ class DeviceStudy:
             self.tell(trial, result)
         return None
 
-    # ---- telling ---------------------------------------------------------------------------------------------------
+    # ---- telling
+    # ---------------------------------------------------------------------------------------------------
 
     def tell(self, trial: optuna.Trial, result: TrialResult) -> None:
-        """Finish a trial in the storage. The result goes in first: a trial that is finished always has one."""
+        """Finish a trial in the storage. The result goes in first: a finished trial always has one."""
         trial.set_user_attr(_RESULT, json.dumps(result.to_json()))
         for key, value in (("state", result.state), ("reason", result.reason), ("plan", result.plan_digest)):
             trial.set_user_attr(key, value)
         if result.state == "complete":
-            assert result.accuracy is not None and result.latency_ms is not None
+            assert result.accuracy is not None
+            assert result.latency_ms is not None
             for name, excess in constraints(result, self.file.limits_of(self.device)).items():
                 trial.set_constraint(name, excess)
             self.optuna.tell(trial, [result.accuracy, result.latency_ms])
@@ -195,8 +211,10 @@ class DeviceStudy:
 
 
 def constraints(result: TrialResult, limits: Limits) -> dict[str, float]:
-    """How far a result is outside each limit, relative; at most 0 is inside. One entry per limit that is set."""
-    assert result.accuracy is not None and result.latency_ms is not None and result.params is not None
+    """How far a result is outside each limit, relative; at most 0 is inside. One entry per limit set."""
+    assert result.accuracy is not None
+    assert result.latency_ms is not None
+    assert result.params is not None
     excess = {}
     if limits.latency_ms is not None:
         excess["latency_ms"] = result.latency_ms / limits.latency_ms - 1.0
@@ -226,7 +244,9 @@ def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.Base
         from .uri import redact
 
         text = str(error).strip().splitlines()
-        raise SearchError(f"storage {redact(url)} cannot be opened: {redact(text[0]) if text else type(error).__name__}") from error
+        raise SearchError(
+            f"storage {redact(url)} cannot be opened: {redact(text[0]) if text else type(error).__name__}"
+        ) from error
 
 
 def run_search(
@@ -264,7 +284,9 @@ def run_search(
     failures = dict.fromkeys(devices, 0)
     with _first_interrupt_waits(progress.notice) as interrupted:
         while not interrupted():
-            open_devices = [name for name in devices if studies[name].front() is None or studies[name].done() < trials]
+            open_devices = [
+                name for name in devices if studies[name].front() is None or studies[name].done() < trials
+            ]
             if not open_devices:
                 break
             for name in open_devices:
@@ -275,7 +297,9 @@ def run_search(
                 if result.state == "failed" and result.trial == 0:
                     raise SearchError(f"the unpruned model could not be measured on {name}: {result.reason}")
                 if failures[name] >= _MAX_FAILURES:
-                    raise SearchError(f"{_MAX_FAILURES} trials in a row failed on {name}, the last one: {result.reason}")
+                    raise SearchError(
+                        f"{_MAX_FAILURES} trials in a row failed on {name}, the last one: {result.reason}"
+                    )
             if deadline is not None and time.monotonic() > deadline:
                 progress.notice("time is up; the same command goes on from here")
                 break
@@ -319,7 +343,9 @@ def _one_trial(
 
 @contextlib.contextmanager
 def _first_interrupt_waits(notice: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user has asked to stop. The second Ctrl-C raises KeyboardInterrupt."""
+    """Yield a function that says whether the user has asked to stop. The second Ctrl-C raises
+    KeyboardInterrupt.
+    """
     asked = False
 
     def on_interrupt(number: int, frame: object) -> None:
@@ -360,5 +386,3 @@ def _is_alive(worker: dict[str, Any] | None) -> bool:
 def _brief(value: Any) -> str:
     text = " ".join(str(value).split())
     return text if len(text) <= 160 else text[:157] + "..."
-
-

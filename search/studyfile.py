@@ -439,13 +439,19 @@ def _faults(error: ValidationError, raw: Any) -> list[str]:
 
 
 def _branch(loc: tuple[int | str, ...], raw: Any) -> tuple[tuple[int | str, ...], bool]:
-    """Where a union stands in an error's location, and whether the error's branch of it is of the form that the user chose."""
+    """Where a union stands in an error's location, and whether its branch is of the form the user chose."""
     value = raw
     for i, part in enumerate(loc):
         if isinstance(part, str) and _is_branch(part):
             if not isinstance(value, dict):
                 return loc[:i], True
-            form = "Choices[" if "choices" in value else "Range" if {"low", "high"} & set(value) else "ModelSection"
+            form = (
+                "Choices["
+                if "choices" in value
+                else "Range"
+                if {"low", "high"} & set(value)
+                else "ModelSection"
+            )
             return loc[:i], form in part
         try:
             value = value[part]
@@ -456,10 +462,17 @@ def _branch(loc: tuple[int | str, ...], raw: Any) -> tuple[tuple[int | str, ...]
 
 def _is_branch(part: str) -> bool:
     """Pydantic puts the name of a union's branch into the location; the user never wrote it."""
-    return part in {
-        "Range", "ModelSection", "float", "int", "str", "literal['auto']", "constrained-str", "
-        ""constrained-int",
-    } or part.startswith(("Choices[", "function-", "literal["))  # fmt: skip
+    forms = (
+        "Range",
+        "ModelSection",
+        "float",
+        "int",
+        "str",
+        "literal['auto']",
+        "constrained-str",
+        "constrained-int",
+    )
+    return part in forms or part.startswith(("Choices[", "function-", "literal["))
 
 
 def _short(value: Any) -> str:

@@ -42,7 +42,8 @@ def profile_json(profile: LatencyProfile) -> dict[str, Any]:
 
 def profile_table(name: str, profile: LatencyProfile) -> Table:
     table = Table(
-        title=f"{name} ({profile.fingerprint}): {profile.model_ms:.2f} ms, of which {profile.other_ms:.2f} ms outside the layers; "
+        title=f"{name} ({profile.fingerprint}): {profile.model_ms:.2f} ms, "
+        f"of which {profile.other_ms:.2f} ms outside the layers; "
         f"channels in multiples of {profile.channel_multiple}",
         title_justify="left",
     )
@@ -66,7 +67,13 @@ def score_json(scores: ChannelScores) -> dict[str, Any]:
         "model_key": scores.model_key,
         "data_key": scores.data_key,
         "layers": [
-            {"layer": name, "channels": len(v), "mean": float(v.mean()), "min": float(v.min()), "max": float(v.max())}
+            {
+                "layer": name,
+                "channels": len(v),
+                "mean": float(v.mean()),
+                "min": float(v.min()),
+                "max": float(v.max()),
+            }
             for name, v in scores.layers.items()
         ],
     }
@@ -121,8 +128,10 @@ def plan_table(document: dict[str, Any]) -> Table:
     share = document["channels_removed"] / document["channels_total"]
     gain = 1 - document["predicted_latency_ms"] / document["baseline_latency_ms"]
     table = Table(
-        title=f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: {document['channels_removed']} of "
-        f"{document['channels_total']} channels ({share:.1%}); predicted {document['predicted_latency_ms']:.2f} ms of "
+        title=f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: "
+        f"{document['channels_removed']} of "
+        f"{document['channels_total']} channels ({share:.1%}); predicted "
+        f"{document['predicted_latency_ms']:.2f} ms of "
         f"{document['baseline_latency_ms']:.2f} ms ({gain:+.1%})",
         title_justify="left",
     )

@@ -1,6 +1,7 @@
 """One trial, in five steps: rerank, plan, prune, recover, judge.
 
-Knows neither Optuna nor MLflow: it is given parameters and a bench, and returns what it measured. Nothing in it computes a score
+Knows neither Optuna nor MLflow: it is given parameters and a bench, and returns what it measured. Nothing in
+    it computes a score
 or profiles a layer; both come from caches.
 """
 
@@ -39,7 +40,8 @@ from .workspace import write_json
 if TYPE_CHECKING:
     from torch import nn
 
-#: Largest difference between the PyTorch model and its exported artifact, relative to the outputs' largest value.
+#: Largest difference between the PyTorch model and its exported artifact, relative to the outputs' largest
+#: value.
 PARITY_TOLERANCE = 1e-3
 _PARITY_IMAGES = 2
 
@@ -79,13 +81,15 @@ class Bench:
     baseline_p90_ms: float | None = None
 
 
-def run_trial(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Listener) -> TrialResult:
+def run_trial(
+    number: int, params: TrialParams, bench: Bench, folder: Path, listener: Listener
+) -> TrialResult:
     """Run one trial and leave its files in `folder`.
 
     Args:
         number: the trial's number; 0 is the unpruned model and skips pruning and recovery.
-        folder: an empty or new folder; gets plan.json, model.safetensors, the task's model file, the artifact and, last,
-            result.json, so that a folder with a result is complete.
+        folder: an empty or new folder; gets plan.json, model.safetensors, the task's model file, the artifact
+            and, last, result.json, so that a folder with a result is complete.
 
     Returns:
         The result, complete.
@@ -101,7 +105,11 @@ def run_trial(number: int, params: TrialParams, bench: Bench, folder: Path, list
         plan = make_plan(params, scores, bench)
         plan.save(folder / "plan.json")
     with clock("prune"):
-        model = prune(bench.task.load_model(), plan, bench.task.settle) if not plan.is_empty else bench.task.load_model()
+        model = (
+            prune(bench.task.load_model(), plan, bench.task.settle)
+            if not plan.is_empty
+            else bench.task.load_model()
+        )
     with clock("recover"):
         model, epochs = recover(model, plan, bench, folder, listener)
     verdict = judge(model, epochs, bench, folder, clock)
@@ -117,9 +125,7 @@ def rerank(params: TrialParams, bench: Bench) -> list[NDArray[np.float64]]:
     return group_scores(weighed, bench.groups)
 
 
-def make_plan(
-    params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench
-) -> PruningPlan:
+def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench) -> PruningPlan:
     """Step 2: which channels go."""
     share = share_removed(params.ratio_of, bench.groups, bench.profile)
     removed = rank(bench.groups, scores, params.ratio, share, Widths(params.round_to, bench.min_channels))
@@ -127,7 +133,9 @@ def make_plan(
 
 
 def predict_ms(plan: PruningPlan, profile: LatencyProfile) -> float:
-    """Latency of a plan by the device's model. Layers that only training uses are not in the profile and cost nothing."""
+    """Latency of a plan by the device's model. Layers that only training uses are not in the profile and cost
+    nothing.
+    """
     deployed = {layer.layer for layer in profile.layers}
     return profile.predict_ms({name: widths for name, widths in plan.widths.items() if name in deployed})
 
@@ -138,7 +146,8 @@ def recover(
     """Step 4: train the pruned model back, and make sure it is still the pruned one.
 
     Returns:
-        The recovered model and its accuracies: before any training, then after each epoch. The unpruned model is only evaluated.
+        The recovered model and its accuracies: before any training, then after each epoch. The unpruned model
+            is only evaluated.
     """
     accuracies: list[float] = []
 
@@ -216,12 +225,15 @@ def check_parity(model: nn.Module, artifact: Artifact, task: Task, images: int =
         expected, got = predict(sample[i : i + 1]), run(sample[i : i + 1])
         for want, have in zip(expected, got, strict=True):
             if want.shape != have.shape:
-                raise ValueError(f"the exported model must give outputs of shape {want.shape}, got {have.shape}")
+                raise ValueError(
+                    f"the exported model must give outputs of shape {want.shape}, got {have.shape}"
+                )
             scale = max(1.0, float(np.abs(want).max()))
             worst = max(worst, float(np.abs(want - have).max()) / scale)
     if not worst <= PARITY_TOLERANCE:
         raise ValueError(
-            f"the exported model must match the PyTorch model within {PARITY_TOLERANCE:g} of its largest output, "
+            f"the exported model must match the PyTorch model within {PARITY_TOLERANCE:g} of its largest "
+            "output, "
             f"got {worst:.3g} on {len(sample)} images"
         )
     return worst
@@ -237,9 +249,13 @@ def _result(
     folder: Path,
     clock: _Clock,
 ) -> TrialResult:
-    """The record. Latency is the ratio measured in turns times the unpruned latency of trial 0, see `TrialResult`."""
+    """The record. Latency is the ratio measured in turns times the unpruned latency of trial 0, see
+    `TrialResult`.
+    """
     comparison = verdict.comparison
-    if bench.baseline_ms is None or bench.baseline_p90_ms is None:  # trial 0 sets the scale for the whole study
+    if (
+        bench.baseline_ms is None or bench.baseline_p90_ms is None
+    ):  # trial 0 sets the scale for the whole study
         ratio, ratio_ci = 1.0, (1.0, 1.0)
         pooled = comparison.baseline
         baseline_ms, p90_ms = pooled.p50_ms, pooled.p90_ms
@@ -277,7 +293,9 @@ def _result(
             "copies_ratio": comparison.ratio if plan.is_empty else None,
             "copies_ratio_ci": list(comparison.ratio_ci) if plan.is_empty else None,
             "parity": verdict.parity,
-            "removed_share": {name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()},
+            "removed_share": {
+                name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()
+            },
         },
     )
 

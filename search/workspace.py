@@ -1,10 +1,10 @@
 """Where a study keeps its files. Knows the layout of the output folder and nothing of what is in the files.
 
-    runs/<name>/
-        cache/                     scores and profiles, computed once
-        devices/<device>/baseline/ the unpruned model's artifact, the one every candidate is measured against
-        devices/<device>/trial-0007/  plan.json, result.json, model.safetensors, the exported model
-        optuna.db  mlflow.db  artifacts/   the default stores
+runs/<name>/
+    cache/                     scores and profiles, computed once
+    devices/<device>/baseline/ the unpruned model's artifact, the one every candidate is measured against
+    devices/<device>/trial-0007/  plan.json, result.json, model.safetensors, the exported model
+    optuna.db  mlflow.db  artifacts/   the default stores
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ KNOWN_TO = {
     "optuna": {"search/space.py", "search/sampler.py", "search/study.py"},
     "mlflow": {"search/tracking.py", "search/export.py"},
     "torch_pruning": {"search/groups.py", "search/prune.py"},
-    "ultralytics": {"objectives/detection.py"},
+    "ultralytics": {p.relative_to(ROOT).as_posix() for p in (ROOT / "objectives/detection").glob("*.py")},
 }
 #: Read files that may come from anybody: only `torch.load(weights_only=True)` and safetensors are safe there.
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}

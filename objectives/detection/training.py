@@ -1,0 +1,127 @@
+"""Ultralytics' training loop on a pruned network, which it would otherwise rebuild unpruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from ultralytics.engine import trainer as _trainer_module
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.torch_utils import ModelEMA
+
+from ..best import BestWeights
+from ..compute import resolve_device
+from ..task import EpochCallback, Recovery
+
+
+class PrunedTrainer(DetectionTrainer):  # type: ignore[misc]  # Ultralytics ships no types
+    """Ultralytics' trainer for a pruned model: trains the network it is given instead of rebuilding one from
+    yaml.
+
+    Use it as `YOLO("model.pt").train(trainer=PrunedTrainer, data=..., epochs=...)`.
+    """
+
+    def get_model(self, cfg: Any = None, weights: Any = None, verbose: bool = True) -> Any:
+        """The given weights' own module, trainable.
+
+        Raises:
+            ValueError: there is no module, or its classes are not the data's.
+        """
+        if not isinstance(weights, nn.Module):
+            raise ValueError(
+                "PrunedTrainer needs a loaded model: YOLO('model.pt').train(trainer=PrunedTrainer, ...)"
+            )
+        classes = len(weights.names)  # type: ignore[arg-type]  # a dict that Ultralytics puts on its models
+        if classes != self.data["nc"]:
+            raise ValueError(f"the model detects {classes} classes, the data has {self.data['nc']}")
+        return weights.float().requires_grad_(True)
+
+
+class RecoveryTrainer(PrunedTrainer):
+    """Ultralytics' training loop as a trial uses it: our accuracy after each epoch, no files, no loggers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recovery: Recovery,
+        folder: Path,
+        *,
+        data: str,
+        imgsz: int,
+        judge: Callable[[nn.Module], float],
+        on_epoch: EpochCallback,
+        best: BestWeights,
+    ):
+        device = resolve_device(recovery.device)
+        overrides = {
+            "task": "detect",
+            "mode": "train",
+            "model": "pruned.pt",
+            "data": data,
+            "imgsz": imgsz,
+            "epochs": recovery.epochs,
+            "batch": recovery.batch,
+            # A step per batch: the default accumulates to 64 images, a handful of steps in a short run.
+            "nbs": recovery.batch,
+            "device": device.removeprefix("cuda:") if device != "cuda" else "0",
+            "seed": recovery.seed,
+            "deterministic": True,
+            "optimizer": "AdamW",  # "auto" would ignore lr0
+            "lr0": recovery.lr if recovery.lr is not None else 1e-3,
+            "lrf": 0.05,
+            "warmup_epochs": 0.5,
+            "warmup_bias_lr": 0.0,
+            "amp": "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else False,
+            "plots": False,
+            "save": False,
+            "val": True,
+            "workers": 0,
+            "verbose": False,
+            "project": str(folder),
+            "name": "training",
+            "exist_ok": True,
+            **recovery.options,
+        }
+        # Ultralytics starts every experiment logger it finds installed, MLflow first; a trial is recorded by
+        # us alone.
+        register = _trainer_module.callbacks.add_integration_callbacks
+        _trainer_module.callbacks.add_integration_callbacks = lambda instance: None
+        try:
+            super().__init__(overrides=overrides)
+        finally:
+            _trainer_module.callbacks.add_integration_callbacks = register
+        for hooks in self.callbacks.values():
+            hooks.clear()
+        self.model = model
+        self._judge = judge
+        self._on_epoch = on_epoch
+        self._best = best
+
+    def _setup_train(self) -> None:
+        super()._setup_train()
+        # The stock average needs thousands of steps to let go of the weights it started from: here those are
+        # the damaged ones.
+        steps = max(1, len(self.train_loader) * self.epochs)
+        self.ema = ModelEMA(self.model, decay=0.98, tau=max(1.0, steps / 20))
+
+    def validate(self) -> tuple[dict[str, float], float]:
+        if not math.isfinite(float(self.loss)):
+            raise FloatingPointError(f"the training loss became {float(self.loss)} in epoch {self.epoch + 1}")
+        accuracy = self._judge(self.ema.ema)
+        self._best.offer(self.ema.ema, accuracy)
+        if not self._on_epoch(self.epoch + 1, self.epochs, accuracy):
+            self.stop = True
+        return {"mAP50-95": accuracy}, accuracy
+
+    def save_model(self) -> bool:
+        return False
+
+    def save_metrics(self, metrics: Mapping[str, float]) -> None:
+        return
+
+    def final_eval(self) -> None:
+        return
