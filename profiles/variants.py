@@ -7,6 +7,7 @@ caller's `export` does that) nor how a latency model is fitted to them.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,7 +29,7 @@ MULTIPLES = (1, 4, 8, 16)
 RATIOS = (0.35, 0.6)
 #: A coarser multiple must be faster by this share: coarser widths cost accuracy.
 WORTH = 0.02
-MIN_PASSES, MAX_PASSES = 3, 6
+MIN_PASSES, MAX_PASSES = 2, 6
 #: Standard error of a variant's time above which another pass is made.
 PASS_ERROR = 0.01
 
@@ -126,18 +127,24 @@ def relative_latency(
     artifacts: Sequence[Artifact],
     baseline: Artifact,
     progress: Callable[[str], None] | None = None,
+    *,
+    limit_s: float = 35.0,
 ) -> tuple[Floats, float]:
     """Latency of each artifact as a share of the baseline's, `(n,)`, and the standard error of its logarithm.
 
     Passes go over all artifacts, each in a fresh process, forth and back, the baseline at both ends; what the
-    machine's speed does meanwhile is taken out by a straight line between the two. At least three passes,
-    more where they disagree.
+    machine's speed does meanwhile is taken out by a straight line between the two. At least two passes, more
+    where they disagree.
+
+    Args:
+        limit_s: no further pass begins when it would end after this, once there are two.
 
     Raises: as `measure.measure`.
     """
     from .measure import measure
 
     logs: list[Floats] = []
+    start = time.monotonic()
     while True:
         order = range(len(artifacts)) if len(logs) % 2 == 0 else range(len(artifacts) - 1, -1, -1)
         turns = [baseline, *(artifacts[i] for i in order), baseline]
@@ -152,7 +159,8 @@ def relative_latency(
         if progress:
             known = f" ± {error:.1%}" if error < 1 else ""
             progress(f"pass {len(logs)} over {len(artifacts)} variants{known}")
-        if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and error <= PASS_ERROR):
+        late = (time.monotonic() - start) * (1 + 1 / len(logs)) > limit_s
+        if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
     return np.exp(np.median(logs, axis=0)), error
 
