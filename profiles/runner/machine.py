@@ -140,7 +140,7 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         "temperature_c": max((int(t) / 1000 for t in temperatures if t.lstrip("-").isdigit()), default=None),
         "clock_mhz": min((int(m) / 1000 for m in mhz if m.isdigit()), default=None),
         "clock_max_mhz": min((int(m) / 1000 for m in limits if m.isdigit()), default=None),
-        # Nonzero on a Raspberry Pi that lacks power or cooling; the bits say what, now or since it was started.
+        # Nonzero on a Raspberry Pi that lacks power or cooling, or has since it was started.
         "throttled": _read("/sys/devices/platform/soc/soc:firmware/get_throttled") or None,
         "on_battery": all(s == "0" for s in supplies) if supplies else None,
         "busy": busy_shares(),

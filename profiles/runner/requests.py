@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from .child import Child, ChildCrashError
+from .child import Child, ChildCrashError, describe_error
 from .files import cache_folder, do_find, do_keep, do_store
 from .machine import busy_shares, choose_cpus, machine_facts
 from .sessions import MissingRuntimeError, import_runtime
@@ -128,5 +128,5 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
             "id": request.get("id"),
             "ok": False,
             "kind": "failed",
-            "error": f"{type(error).__name__}: {error}",
+            "error": describe_error(error),
         }

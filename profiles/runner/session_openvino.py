@@ -43,7 +43,10 @@ class OpenvinoSession:
         _check_precision(compiled, precision)
         threads = compiled.get_property("INFERENCE_NUM_THREADS")
         if threads != self._spec["threads"]:
-            raise RuntimeError(f"{self._spec['threads']} threads were asked for, OpenVINO uses {threads}")
+            raise RuntimeError(
+                f"{self._spec['threads']} threads were asked for, but OpenVINO uses {threads} here; "
+                f"set threads to {threads}"
+            )
         return compiled
 
     def _prepared(self, compiled: Any) -> Any:

@@ -180,6 +180,11 @@ def test_every_convolution_of_yolov8n_is_accounted_for(runtime: str, data: Path,
     assert len(layers) == 64
     assert layers == [spec.layer for spec in artifact.layers]
     assert {"model.0.conv", "model.22.dfl.conv", "model.22.cv3.2.2"} <= set(layers)
-    extra = replace(artifact.layers[0], layer="model.99.conv", names=())
+
+
+def test_a_layer_that_the_runtime_does_not_show_is_an_error(export: Export) -> None:
+    device = Device("here", "onnxruntime", threads=1)
+    artifact = export(device, 16)
+    extra = replace(artifact.layers[0], layer="nowhere", names=())
     with pytest.raises(DeviceError, match="do not show in the profile"):
         profile_layers(device, replace(artifact, layers=(*artifact.layers, extra)), repeats=1)
