@@ -9,6 +9,7 @@ sampler of its own.
 from __future__ import annotations
 
 import hashlib
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -129,3 +130,8 @@ def grid(space: dict[str, BaseDistribution]) -> dict[str, list[Any]]:
             width = distribution.high - distribution.low
             points[name] = [distribution.low + width * i / (steps - 1) for i in range(steps)]
     return points
+
+
+def grid_size(space: dict[str, BaseDistribution]) -> int:
+    """The number of points of the grid over a space."""
+    return math.prod(len(values) for values in grid(space).values())

@@ -23,12 +23,12 @@ from typing import Any, Protocol
 
 import optuna
 import psutil
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from .bench import Shop
 from .front import ParetoFront
 from .result import TrialParams, TrialResult
-from .sampler import make_sampler
+from .sampler import grid_size, make_sampler
 from .space import known_points, searched_space, suggest, unpruned_point
 from .studyfile import Limits, StudyFile
 from .trial import Bench, Listener, run_trial
@@ -152,6 +152,8 @@ class DeviceStudy:
         if self.optuna.get_trials(deepcopy=False):
             return
         self.optuna.enqueue_trial(unpruned_point(self.file.search))
+        if self.file.search.sampler == "grid":
+            return  # the grid is the whole list
         for point in known_points(self.file.search)[: max(0, self.file.trials - 1)]:
             self.optuna.enqueue_trial(point)
 
@@ -175,22 +177,24 @@ class DeviceStudy:
             search.sampler, searched_space(search), seed=self.file.seed, trial=number
         )
 
-    def _adopt(self) -> optuna.Trial | None:
-        """A running trial whose worker is gone goes on here, under its own number and with its own
-        parameters.
-
-        If it had measured everything before its worker died, it is told and nothing is run again.
-        """
-        for frozen in self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if _is_alive(frozen.user_attrs.get(_WORKER)):
-                continue
-            self._seat_sampler(frozen.number)
-            trial = optuna.Trial(self.optuna, frozen._trial_id)
+    def collect(self) -> None:
+        """Tell the trials that had measured everything before their worker died; nothing is run again."""
+        for frozen in self._abandoned():
             result = read_result(self.workspace.trial(self.device, frozen.number) / "result.json")
-            if result is None:
-                return trial
-            self.tell(trial, result)
-        return None
+            if result is not None:
+                self.tell(self._take(frozen), result)
+
+    def _adopt(self) -> optuna.Trial | None:
+        """A running trial whose worker is gone, under its own number and with its own parameters."""
+        return next((self._take(frozen) for frozen in self._abandoned()), None)
+
+    def _abandoned(self) -> list[FrozenTrial]:
+        running = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in running if not _is_alive(trial.user_attrs.get(_WORKER))]
+
+    def _take(self, frozen: FrozenTrial) -> optuna.Trial:
+        self._seat_sampler(frozen.number)
+        return optuna.Trial(self.optuna, frozen._trial_id)
 
     # ---- telling
     # ---------------------------------------------------------------------------------------------------
@@ -281,9 +285,13 @@ def run_search(
         device_study.claim(benches[name])
         device_study.prepare()
         recorder.begin(benches[name], list(shop.workspace.results(name)))
+    if study.search.sampler == "grid":
+        trials = min(trials, grid_size(searched_space(study.search)))
     failures = dict.fromkeys(devices, 0)
     with _first_interrupt_waits(progress.notice) as interrupted:
         while not interrupted():
+            for device_study in studies.values():
+                device_study.collect()  # before counting, or one trial too many would begin
             open_devices = [
                 name for name in devices if studies[name].front() is None or studies[name].done() < trials
             ]
