@@ -1,0 +1,573 @@
+"""The study: counted, resumed and recorded right. Trials are stand-ins that plan for real.
+
+Run as a script it is the worker that a test kills: `test_study.py FOLDER HANG_AT`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+import search.study
+from objectives.task import Recovery
+from profiles.device import Device
+from profiles.latency_model import LatencyModel
+from profiles.latency_profile import LatencyProfile, LayerProfile
+from profiles.timing import Timing
+from search.groups import ChannelGroup, ChannelGroups, Member
+from search.result import TrialParams, TrialResult
+from search.scores import ChannelScores
+from search.study import DeviceStudy, SearchError, constraints, open_storage, run_search
+from search.studyfile import Limits, StudyFile, load_study_file
+from search.trial import Bench, make_plan, rerank
+from search.workspace import Workspace, write_json
+
+ROOT = Path(__file__).resolve().parents[2]
+DEVICES = ("first", "second")
+LAYERS = {"a": 32, "b": 64, "c": 48}
+
+RunTrial = Callable[[int, TrialParams, Bench, Path, Any], TrialResult]
+
+
+# ---- stand-ins -----------------------------------------------------------------------------------
+
+
+def make_study(folder: Path, **changes: Any) -> StudyFile:
+    for name in ("model.pt", "data.yaml"):
+        (folder / name).touch()
+    document = {
+        "name": "study",
+        "model": "model.pt",
+        "data": "data.yaml",
+        "devices": [{"name": name, "runtime": "onnxruntime"} for name in DEVICES],
+        "search": {"sampler": "random"},
+        "trials": 5,
+        **changes,
+    }
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return load_study_file(path)
+
+
+def make_bench(device: Device, fingerprint: str = "print", model_key: str = "model") -> Bench:
+    """Three independent layers with fixed scores and latencies."""
+    rng = np.random.default_rng(0)
+    groups = ChannelGroups(
+        tuple(
+            ChannelGroup(name, n, (Member(name, "out", np.arange(n).reshape(-1, 1), True),))
+            for name, n in LAYERS.items()
+        ),
+        (),
+        {name: (8, n) for name, n in LAYERS.items()},
+    )
+    layers = tuple(
+        LayerProfile(name, "conv", 8, n, (3, 3), (1, 1), 1, (8, 8), Timing((ms,), 0), (8, 8))
+        for (name, n), ms in zip(LAYERS.items(), (3.0, 1.0, 0.2), strict=True)
+    )
+    model = LatencyModel.from_layers(
+        "bilinear", [3.0, 1.0, 0.2], [8] * 3, list(LAYERS.values()), [1] * 3, 0.5
+    )
+    profile = LatencyProfile(device, fingerprint, "model", (1, 3, 8, 8), layers, 4.7, {"act": 0.5}, 4, model)
+    scores = ChannelScores("taylor", model_key, "data", {name: rng.random(n) for name, n in LAYERS.items()})
+    task: Any = SimpleNamespace(model_key=model_key, data_key="data", input_shape=(1, 3, 8, 8))
+    return Bench(
+        task=task,
+        device=device,
+        fingerprint=fingerprint,
+        groups=groups,
+        scores={"taylor": scores},
+        profile=profile,
+        baseline=SimpleNamespace(),  # type: ignore[arg-type]  # nothing is measured here
+        recovery=Recovery(),
+        min_channels=4,
+        latency_target=0.01,
+        latency_limit_s=1.0,
+    )
+
+
+class StandInShop:
+    def __init__(self, study: StudyFile, **bench: str):
+        self.workspace = Workspace(study.folder)
+        self._changes = bench
+
+    def bench(self, device: Device) -> Bench:
+        return make_bench(device, **self._changes)
+
+
+def stand_in(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+    """A trial that plans for real and measures by formula."""
+    plan = make_plan(params, rerank(params, bench), bench)
+    folder.mkdir(parents=True, exist_ok=True)
+    plan.save(folder / "plan.json")
+    latency_ms = bench.profile.predict_ms(plan.widths)
+    result = TrialResult(
+        trial=number,
+        device=bench.device.name,
+        fingerprint=bench.fingerprint,
+        asked=params,
+        state="complete",
+        accuracy=0.6 - params.ratio**2 * (1 + params.beta),
+        latency_ms=latency_ms,
+        latency_p90_ms=latency_ms * 1.1,
+        speedup=bench.profile.predict_ms({}) / latency_ms,
+        params=1000,
+        plan_digest=plan.digest,
+    )
+    write_json(folder / "result.json", result.to_json())
+    return result
+
+
+class Watcher:
+    """Progress and recorder in one; remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.notices: list[str] = []
+        self.begun: list[tuple[str, int]] = []
+        self.recorded: list[tuple[str, int, str]] = []
+        self.earlier: dict[str, list[int]] = {}
+
+    def notice(self, text: str) -> None:
+        self.notices.append(text)
+
+    def trial_begins(self, device: str, number: int, done: int, wanted: int, params: Any) -> None:
+        self.begun.append((device, number))
+
+    def trial_ends(self, result: TrialResult, front: Any) -> None: ...
+
+    def step(self, name: str) -> None: ...
+
+    def epoch(self, done: int, epochs: int, accuracy: float) -> None: ...
+
+    def begin(self, bench: Bench, earlier: Any) -> None:
+        self.earlier[bench.device.name] = [result.trial for result, _ in earlier]
+
+    def record(self, result: TrialResult, folder: Path) -> None:
+        assert (folder / "result.json").exists()  # safe before anybody is told
+        self.recorded.append((result.device, result.trial, result.state))
+
+
+def go(study: StudyFile, devices: tuple[str, ...] = ("first",), trials: int = 5, **bench: str) -> Watcher:
+    watcher = Watcher()
+    shop: Any = StandInShop(study, **bench)
+    run_search(study, shop, devices, trials=trials, timeout_s=None, progress=watcher, recorder=watcher)
+    return watcher
+
+
+def states(study: StudyFile, device: str = "first") -> list[TrialState]:
+    storage = open_storage(study, Workspace(study.folder))
+    loaded = optuna.load_study(study_name=f"study.{device}", storage=storage)
+    return [t.state for t in loaded.get_trials(deepcopy=False) if t.state != TrialState.WAITING]
+
+
+def results(study: StudyFile, device: str = "first") -> list[TrialResult]:
+    workspace = Workspace(study.folder)
+    found = DeviceStudy.existing(study, device, open_storage(study, workspace), workspace)
+    return [] if found is None else found.results()
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> StudyFile:
+    return make_study(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def _memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storages in memory, one per output folder: making SQLite's tables takes longer than the trials."""
+    if "sqlite" in request.fixturenames:
+        return
+    kept: dict[Path, optuna.storages.BaseStorage] = {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+    def opened(study: StudyFile, workspace: Workspace) -> optuna.storages.BaseStorage:
+        return kept.setdefault(workspace.folder, optuna.storages.InMemoryStorage())
+
+    monkeypatch.setattr(search.study, "open_storage", opened)
+    monkeypatch.setitem(globals(), "open_storage", opened)
+
+
+@pytest.fixture
+def sqlite() -> None:
+    """Use the real storage."""
+
+
+@pytest.fixture
+def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunTrial], None]:
+    def put(function: RunTrial) -> None:
+        monkeypatch.setattr(search.study, "run_trial", function)
+
+    put(stand_in)
+    return put
+
+
+@pytest.fixture
+def dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials are signed by a process that is gone, as if this one had been killed."""
+    gone = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0}
+    monkeypatch.setattr(search.study, "_worker", lambda: gone)
+
+
+pytestmark = pytest.mark.usefixtures("trial")
+
+
+# ---- counting ------------------------------------------------------------------------------------
+
+
+def test_trials_are_counted_without_the_unpruned_model_and_devices_take_turns(study: StudyFile) -> None:
+    watcher = go(study, DEVICES, trials=3)
+    assert watcher.begun == [(device, n) for n in range(4) for device in DEVICES]
+    assert watcher.recorded == [(device, n, "complete") for n in range(4) for device in DEVICES]
+    for device in DEVICES:
+        assert [r.trial for r in results(study, device)] == [0, 1, 2, 3]
+        assert results(study, device)[0].asked == TrialParams(round_to=4)  # the unpruned model
+
+
+def test_a_second_search_goes_on_to_the_wanted_number(study: StudyFile) -> None:
+    go(study, trials=2)
+    assert go(study, trials=2).begun == []
+    watcher = go(study, trials=4)
+    assert watcher.begun == [("first", 3), ("first", 4)]
+    assert watcher.earlier == {"first": [0, 1, 2]}
+
+
+def test_known_points_come_first_and_are_queued_once(study: StudyFile) -> None:
+    go(study, trials=2)
+    go(study, trials=6)
+    asked = [r.asked for r in results(study)]
+    assert [(p.beta, p.ratio) for p in asked[1:5]] == [
+        (0.0, pytest.approx(0.4)), (0.0, pytest.approx(0.25)), (0.0, pytest.approx(0.55)), (0.5, 0.3),
+    ]  # fmt: skip
+    assert len({(p.beta, p.ratio) for p in asked}) == 7
+
+
+def test_a_grid_ends_when_every_point_was_tried(tmp_path: Path) -> None:
+    grid = {"sampler": "grid", "beta": {"choices": [0.0, 0.5]}, "ratio": {"choices": [0.2, 0.4, 0.6]}}
+    study = make_study(tmp_path, search={**grid, "round_to": {"choices": [4]}})
+    go(study, trials=40)
+    asked = [(r.asked.beta, r.asked.ratio) for r in results(study)]
+    assert asked[0] == (0.0, 0.0)
+    assert sorted(asked[1:]) == [(b, r) for b in (0.0, 0.5) for r in (0.2, 0.4, 0.6)]
+
+
+def test_no_trial_begins_when_the_time_is_up(study: StudyFile) -> None:
+    watcher = Watcher()
+    shop: Any = StandInShop(study)
+    run_search(study, shop, ["first"], trials=5, timeout_s=-1, progress=watcher, recorder=watcher)
+    assert watcher.begun == []
+    assert watcher.notices == ["time is up; the same command goes on from here"]
+
+
+# ---- failures ------------------------------------------------------------------------------------
+
+
+def failing(*numbers: int) -> RunTrial:
+    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+        if number in numbers:
+            raise FloatingPointError(f"the loss became\nnan in trial {number}")
+        return stand_in(number, params, bench, folder, listener)
+
+    return run
+
+
+def test_a_failed_trial_has_its_reason_everywhere_and_the_search_goes_on(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    trial(failing(2, 3))
+    watcher = go(study)
+    assert [state for _, _, state in watcher.recorded] == ["complete"] * 2 + ["failed"] * 2 + ["complete"] * 2
+    assert states(study)[2:4] == [TrialState.FAIL] * 2
+    failed = results(study)[2]
+    assert (failed.state, failed.reason) == ("failed", "FloatingPointError: the loss became nan in trial 2")
+    folder = Workspace(study.folder).trial("first", 2)
+    assert "Traceback" in (folder / "error.txt").read_text()
+    assert json.loads((folder / "result.json").read_text())["reason"] == failed.reason
+    assert len(results(study)) == 6  # failed ones are counted, not repeated
+
+
+def test_three_failures_in_a_row_end_the_search(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    trial(failing(2, 3, 4))
+    with pytest.raises(SearchError, match=r"3 trials in a row failed on first, the last one: .* in trial 4"):
+        go(study)
+    assert len(results(study)) == 5
+    trial(stand_in)
+    assert go(study).begun == [("first", 5)]  # and the same command goes on
+
+
+def test_without_the_unpruned_model_there_is_no_search(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    trial(failing(0))
+    with pytest.raises(
+        SearchError, match=r"the unpruned model could not be measured on first: .* in trial 0"
+    ):
+        go(study)
+
+
+# ---- interruptions -------------------------------------------------------------------------------
+
+
+def interrupted(at: int, before: RunTrial | None = None) -> RunTrial:
+    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+        if number == at:
+            if before is not None:
+                before(number, params, bench, folder, listener)
+            else:
+                folder.mkdir(parents=True)
+                (folder / "half-written").touch()
+            raise KeyboardInterrupt
+        return stand_in(number, params, bench, folder, listener)
+
+    return run
+
+
+def parameters(study: StudyFile, number: int) -> dict[str, Any]:
+    storage = open_storage(study, Workspace(study.folder))
+    loaded = optuna.load_study(study_name="study.first", storage=storage)
+    return dict(loaded.get_trials(deepcopy=False)[number].params)
+
+
+@pytest.mark.usefixtures("dead_worker")
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_trial_whose_worker_died_is_redone_under_its_own_number(
+    study: StudyFile, trial: Callable[[RunTrial], None], at: int
+) -> None:
+    trial(interrupted(at))
+    with pytest.raises(KeyboardInterrupt):
+        go(study)
+    asked = parameters(study, at)
+    assert states(study)[at] == TrialState.RUNNING
+    trial(stand_in)
+    watcher = go(study)
+    assert watcher.begun == [("first", n) for n in range(at, 6)]
+    assert parameters(study, at) == asked
+    assert [r.trial for r in results(study)] == list(range(6))
+    assert states(study) == [TrialState.COMPLETE] * 6
+    assert not (Workspace(study.folder).trial("first", at) / "half-written").exists()
+
+
+@pytest.mark.usefixtures("dead_worker")
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_trial_that_was_measured_but_not_told_is_told_and_not_run_again(
+    study: StudyFile, trial: Callable[[RunTrial], None], at: int
+) -> None:
+    trial(interrupted(at, before=stand_in))
+    with pytest.raises(KeyboardInterrupt):
+        go(study)
+    trial(stand_in)
+    watcher = go(study)
+    assert watcher.begun == [("first", n) for n in range(at + 1, 6)]
+    assert [r.trial for r in results(study)] == list(range(6))
+    assert states(study) == [TrialState.COMPLETE] * 6
+    assert watcher.earlier == {"first": list(range(at + 1))}  # so tracking hears of it
+
+
+@pytest.mark.usefixtures("dead_worker")
+def test_a_half_written_result_is_no_result(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    trial(interrupted(2, before=stand_in))
+    with pytest.raises(KeyboardInterrupt):
+        go(study)
+    path = Workspace(study.folder).trial("first", 2) / "result.json"
+    path.write_text(path.read_text()[:50])
+    trial(stand_in)
+    assert go(study).begun[0] == ("first", 2)
+
+
+def test_a_living_workers_trial_is_left_alone(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    """This process lives, so what it signed looks like another worker's trial in flight."""
+    trial(interrupted(2))
+    with pytest.raises(KeyboardInterrupt):
+        go(study)
+    trial(stand_in)
+    watcher = go(study, trials=4)
+    assert ("first", 2) not in watcher.begun
+    assert states(study).count(TrialState.RUNNING) == 1
+
+
+def test_a_worker_on_another_host_is_taken_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = search.study._worker()
+    assert search.study._is_alive(worker)
+    assert search.study._is_alive({**worker, "host": "elsewhere", "pid": 2**22 + 1})
+    assert not search.study._is_alive(
+        {**worker, "started": worker["started"] - 1000}
+    )  # the number was reused
+    assert not search.study._is_alive(None)
+
+
+def test_one_ctrl_c_lets_the_trial_finish(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return stand_in(number, params, bench, folder, listener)
+
+    trial(run)
+    watcher = go(study)
+    assert watcher.recorded[-1] == ("first", 2, "complete")
+    assert watcher.notices == [
+        "stopping after this trial; press Ctrl-C again to stop now (the trial is redone next time)"
+    ]
+    assert signal.getsignal(signal.SIGINT) is before
+    trial(stand_in)
+    assert go(study).begun == [("first", n) for n in (3, 4, 5)]
+
+
+def test_the_second_ctrl_c_stops_at_once(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+        if number == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            pytest.fail("the trial went on")
+        return stand_in(number, params, bench, folder, listener)
+
+    trial(run)
+    with pytest.raises(KeyboardInterrupt):
+        go(study)
+    assert len(results(study)) == 2
+
+
+@pytest.mark.usefixtures("sqlite")
+def test_kill_9_in_the_middle_of_a_trial(study: StudyFile) -> None:
+    command = [sys.executable, __file__, str(study.source.parent), "3"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    worker = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    marker = study.source.parent / "hanging"
+    deadline = time.monotonic() + 120
+    while not marker.exists():
+        if worker.poll() is not None or time.monotonic() > deadline:
+            worker.kill()
+            pytest.fail(f"the worker never came to its trial: {worker.communicate()[1]}")
+        time.sleep(0.05)
+    worker.kill()
+    worker.communicate()
+    assert worker.returncode == -signal.SIGKILL
+    asked = parameters(study, 3)
+    assert asked
+    watcher = go(study)
+    assert watcher.begun == [("first", 3), ("first", 4), ("first", 5)]
+    assert watcher.earlier == {"first": [0, 1, 2]}
+    assert parameters(study, 3) == asked
+    assert [r.trial for r in results(study)] == list(range(6))
+    assert states(study) == [TrialState.COMPLETE] * 6
+
+
+# ---- the same study twice ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", ["gp", "tpe"])
+@pytest.mark.usefixtures("one_thread")
+def test_one_seed_gives_the_same_parameters_and_plans(tmp_path: Path, sampler: str) -> None:
+    def search_in(name: str, seed: int, stops: tuple[int, ...]) -> list[tuple[TrialParams, str | None]]:
+        folder = tmp_path / name
+        folder.mkdir()
+        study = make_study(folder, search={"sampler": sampler}, seed=seed)
+        for trials in stops:
+            go(study, trials=trials)
+        return [(r.asked, r.plan_digest) for r in results(study)]
+
+    first = search_in("first", 1, (9,))
+    assert len({digest for _, digest in first}) > 7
+    assert search_in("again", 1, (9,)) == first
+    # Known points are queued for the trials the file asks for, so an interruption changes nothing.
+    assert search_in("interrupted", 1, (2, 7, 9)) == first
+    assert search_in("other", 2, (9,)) != first
+
+
+# ---- what does not compare -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"fingerprint": "another machine"}, "fingerprint was print, is another machine"),
+        ({"model_key": "another"}, "model was model, is another"),
+    ],
+)
+def test_other_conditions_are_refused(study: StudyFile, change: dict[str, str], says: str) -> None:
+    go(study, trials=1)
+    with pytest.raises(
+        SearchError, match=f"begun under other conditions .*{says}.*another name, or another --dir"
+    ):
+        go(study, trials=2, **change)
+    assert len(results(study)) == 2
+
+
+def test_other_training_is_refused_and_another_training_device_is_not(study: StudyFile) -> None:
+    go(study, trials=1)
+    same = study.model_copy(update={"finetune": study.finetune.model_copy(update={"device": "cpu"})})
+    go(same, trials=2)
+    other = study.model_copy(update={"finetune": study.finetune.model_copy(update={"epochs": 9})})
+    with pytest.raises(SearchError, match=r"finetune was .*'epochs': 3.*, is .*'epochs': 9"):
+        go(other, trials=3)
+
+
+# ---- limits, storage -----------------------------------------------------------------------------
+
+
+def test_limits_become_constraints_of_every_complete_trial(
+    tmp_path: Path, trial: Callable[[RunTrial], None]
+) -> None:
+    study = make_study(tmp_path, limits={"latency_ms": 4.0, "accuracy": 0.5})
+    trial(failing(2))
+    go(study)
+    loaded = optuna.load_study(study_name="study.first", storage=open_storage(study, Workspace(study.folder)))
+    for done, result in zip(loaded.trials, results(study), strict=True):
+        if done.state == TrialState.COMPLETE:
+            excess = constraints(result, study.limits)
+            assert list(excess) == ["latency_ms", "accuracy"]
+            assert (excess["latency_ms"] <= 0) == (result.latency_ms <= 4.0)  # type: ignore[operator]
+            assert done.constraints == pytest.approx(excess)
+
+
+def test_constraints_by_hand() -> None:
+    result = TrialResult(
+        1, "d", "f", TrialParams(), "complete",
+        accuracy=0.5, latency_ms=6.0, latency_p90_ms=7.0, speedup=1.0, params=50,
+    )  # fmt: skip
+    limits = Limits(latency_ms=4.0, accuracy=0.6, params=100)
+    assert constraints(result, limits) == pytest.approx({"latency_ms": 0.5, "accuracy": 0.1, "params": -0.5})
+    assert constraints(result, Limits()) == {}
+    assert constraints(replace(result, latency_ms=4.0), Limits(latency_ms=4.0)) == {"latency_ms": 0.0}
+
+
+@pytest.mark.usefixtures("sqlite")
+def test_a_storage_that_cannot_be_opened_is_named_without_its_password(study: StudyFile) -> None:
+    wrong = study.model_copy(update={"storage": "postgresql+nodriver://u:hunter2@nowhere/db"})
+    with pytest.raises(SearchError, match="cannot be opened") as caught:
+        open_storage(wrong, Workspace(study.folder))
+    assert "hunter2" not in str(caught.value)
+
+
+def work(folder: Path, hang_at: int) -> None:
+    """Search until one trial, and hang there."""
+    study = make_study(folder)
+
+    def run(number: int, params: TrialParams, bench: Bench, trial_folder: Path, listener: Any) -> TrialResult:
+        if number == hang_at:
+            trial_folder.mkdir(parents=True)
+            (trial_folder / "half-written").touch()
+            (folder / "hanging").touch()
+            time.sleep(300)
+        return stand_in(number, params, bench, trial_folder, listener)
+
+    search.study.run_trial = run
+    go(study)
+
+
+if __name__ == "__main__":
+    work(Path(sys.argv[1]), int(sys.argv[2]))
