@@ -1,13 +1,14 @@
 """A small detection set made from nothing: shapes on cluttered backgrounds, in the YOLO folder format.
 
 It serves the quickstart and the tests, where there is neither data nor a network. It is meant to be learnt in
-minutes but not by a trick: only the outline tells the class. Colour, fill, size, place, rotation and
-background are drawn independently of it, shapes overlap and leave the frame, and lines, arcs and dots without
+minutes but not by a trick: shapes are more colourful than what is behind them, and only the outline tells the
+class. Colour, fill, size, place, rotation and background are drawn independently of it, shapes overlap and leave the frame, and lines, arcs and dots without
 a label lie between. Knows the file format and nothing of the training that reads it.
 """
 
 from __future__ import annotations
 
+import colorsys
 import json
 import shutil
 import tempfile
@@ -119,7 +120,19 @@ def _recipe_of(folder: Path) -> object:
         return None
 
 
+def _muted(rng: np.random.Generator) -> _Array:
+    """A colour for backgrounds: near grey, so that a shape is something to find and not one patch of many."""
+    return (rng.uniform(40, 200) + rng.uniform(-25, 25, 3)).astype(np.float32)
+
+
+def _vivid(rng: np.random.Generator) -> _Array:
+    """A colour for shapes, of any hue."""
+    hue, saturation, value = rng.uniform(), rng.uniform(0.6, 1.0), rng.uniform(0.6, 1.0)
+    return np.array(colorsys.hsv_to_rgb(hue, saturation, value), dtype=np.float32) * 255
+
+
 def _colour(rng: np.random.Generator) -> _Array:
+    """Any colour, for what is neither."""
     return rng.uniform(10, 245, 3).astype(np.float32)
 
 
@@ -145,9 +158,9 @@ def _background(size: int, rng: np.random.Generator) -> _Array:
         mix = 0.5 + 0.35 * np.sin(2 * np.pi * frequency * along)
     else:
         mix = 0.5 + 0.3 * np.sign(np.sin(np.pi * frequency * along) * np.sin(np.pi * frequency * across))
-    first = _colour(rng)
+    first = _muted(rng)
     # A limited distance keeps the pattern a background: shapes have to be findable on most of it.
-    second = np.clip(first + rng.uniform(-90, 90, 3), 0, 255).astype(np.float32)
+    second = np.clip(first + rng.uniform(-60, 60) + rng.uniform(-15, 15, 3), 0, 255).astype(np.float32)
     canvas = first + np.clip(mix, -0.5, 1.5)[..., None] * (second - first)
     grain = _smooth_noise(size, max(4, size // int(rng.integers(3, 12))), rng)
     return np.asarray(canvas + rng.uniform(0, 14) * grain[..., None], dtype=np.float32)
@@ -236,9 +249,9 @@ def _paint(canvas: _Array, alpha: _Array, top: int, left: int, rng: np.random.Ge
     height, width = window.shape[:2]
     cover = alpha[max(-top, 0) :, max(-left, 0) :][:height, :width, None]
     behind = (window * cover).sum((0, 1)) / max(float(cover.sum()), 1.0)
-    colour = _colour(rng)
-    while np.abs(colour - behind).max() < 45:
-        colour = _colour(rng)
+    colour = _vivid(rng)
+    while np.abs(colour - behind).max() < 60:
+        colour = _vivid(rng)
     y, x = np.mgrid[0:height, 0:width].astype(np.float32) / len(alpha)
     angle = rng.uniform(0, 2 * np.pi)
     along = x * np.cos(angle) + y * np.sin(angle)
@@ -251,7 +264,7 @@ def _paint(canvas: _Array, alpha: _Array, top: int, left: int, rng: np.random.Ge
         shade = 0.5 * np.sign(np.sin(2 * np.pi * rng.uniform(2, 5) * along))
     else:
         shade = _smooth_noise(len(alpha), 6, rng)[:height, :width]
-    window += cover * (colour + rng.uniform(15, 60) * shade[..., None] - window)
+    window += cover * (colour + rng.uniform(10, 45) * shade[..., None] - window)
 
 
 def _camera(canvas: _Array, rng: np.random.Generator) -> NDArray[np.uint8]:

@@ -23,9 +23,11 @@ from .launch import fronts_of, launch, write_study_report
 from .progress import ConsoleProgress, front_table
 from .studyfile import load_study_file
 
-IMGSZ = 160
+IMGSZ = 128
 _IMAGES_TRAIN, _IMAGES_VAL = 400, 120
 _EPOCHS = 14
+#: Orthogonalised momentum reaches in ten epochs what AdamW does not in thirty on a network that starts from nothing.
+_OPTIMIZER = {"optimizer": "MuSGD", "momentum": 0.9, "warmup_epochs": 0.5}
 
 #: A YOLOv8 of about a million parameters; (from, repeats, block, arguments) as Ultralytics writes them.
 _ARCHITECTURE = {
@@ -66,7 +68,7 @@ search:
   ratio: {{low: 0.1, high: 0.7}}
   round_to: {{choices: [4, 8]}}
   min_channels: 4
-finetune: {{epochs: 1, lr: 0.002}}
+finetune: {{epochs: 1, batch: 8}}
 measure: {{limit_s: 6}}
 trials: {trials}
 """
@@ -142,9 +144,7 @@ def _train(folder: Path, data: Path, weights: Path, console: Console) -> None:
                 console.print(f"epoch {done} of {epochs}: {task.metric} {accuracy:.3f}")
             return True
 
-        recovery = Recovery(
-            epochs=_EPOCHS, lr=3e-3, batch=16, reestimate_images=0, options={"warmup_epochs": 1.0}
-        )
+        recovery = Recovery(epochs=_EPOCHS, lr=0.02, batch=8, reestimate_images=0, options=_OPTIMIZER)
         model = task.recover(task.load_model(), recovery, folder / "training", on_epoch)
     partial = weights.with_suffix(".partial.pt")
     task.save(model, partial)

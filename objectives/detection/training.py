@@ -109,8 +109,9 @@ class RecoveryTrainer(PrunedTrainer):
         self.ema = ModelEMA(self.model, decay=0.98, tau=max(1.0, steps / 20))
 
     def validate(self) -> tuple[dict[str, float], float]:
-        if not math.isfinite(float(self.loss)):
-            raise FloatingPointError(f"the training loss became {float(self.loss)} in epoch {self.epoch + 1}")
+        loss = float(self.loss.detach())
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the training loss became {loss} in epoch {self.epoch + 1}")
         accuracy = self._judge(self.ema.ema)
         self._best.offer(self.ema.ema, accuracy)
         if not self._on_epoch(self.epoch + 1, self.epochs, accuracy):
