@@ -1,9 +1,10 @@
 """A small detection set made from nothing: shapes on cluttered backgrounds, in the YOLO folder format.
 
-It serves the quickstart and the tests, where there is neither data nor a network. It is meant to be learnt in
-minutes but not by a trick: shapes are more colourful than what is behind them, and only the outline tells the
-class. Colour, fill, size, place, rotation and background are drawn independently of it, shapes overlap and leave the frame, and lines, arcs and dots without
-a label lie between. Knows the file format and nothing of the training that reads it.
+It serves the quickstart and the tests, where there is neither data nor a network. It is meant to be learnt
+in minutes but not by a trick: shapes are more colourful than what is behind them, and only the outline
+tells the class. Colour, fill, size, place, rotation and background are drawn independently of it, shapes
+overlap and leave the frame, and lines, arcs and dots without a label lie between. Knows the file format and
+nothing of the training that reads it.
 """
 
 from __future__ import annotations
