@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,63 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """A tiny detector that has learned its few images: `weights` is its checkpoint, `model` its yaml."""
+
+    folder: Path
+    data: Path
+    model: Path
+    weights: Path
+    imgsz: int = 64
+
+
+@pytest.fixture(scope="session")
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Shapes:
+    """Trained on what it is judged by: a quarter of a minute gives an accuracy well above 0 no other way."""
+    import torch
+    import yaml
+
+    from objectives.detection import DetectionTask
+    from objectives.synthetic import CLASSES, make_detection_set
+    from objectives.task import Recovery
+
+    folder = tmp_path_factory.mktemp("shapes")
+    data = make_detection_set(folder / "shapes", images_train=12, images_val=12, imgsz=64, seed=0)
+    data.write_text(data.read_text().replace("images/val", "images/train"))
+    backbone = [
+        [-1, 1, "Conv", [64, 3, 2]],
+        [-1, 1, "Conv", [128, 3, 2]],
+        [-1, 3, "C2f", [128, True]],
+        [-1, 1, "Conv", [256, 3, 2]],
+        [-1, 3, "C2f", [256, True]],
+        [-1, 1, "Conv", [512, 3, 2]],
+        [-1, 1, "SPPF", [512, 5]],
+    ]
+    head = [
+        [-1, 1, "nn.Upsample", [None, 2, "nearest"]],
+        [[-1, 4], 1, "Concat", [1]],
+        [-1, 3, "C2f", [256]],
+        [[9, 6], 1, "Detect", ["nc"]],
+    ]
+    model = folder / "tiny.yaml"
+    scales = {"n": [0.33, 0.125, 512]}
+    text = {"nc": len(CLASSES), "scales": scales, "scale": "n", "backbone": backbone, "head": head}
+    model.write_text(yaml.safe_dump(text, sort_keys=False))
+    plain = dict.fromkeys(
+        ("mosaic", "hsv_h", "hsv_s", "hsv_v", "scale", "translate", "fliplr", "erasing"), 0.0
+    )
+    task = DetectionTask(str(model), str(data), 64)
+    recovery = Recovery(epochs=80, lr=7e-3, batch=4, reestimate_images=0, device="cpu", options=plain)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        trained = task.recover(task.load_model(), recovery, folder / "training", lambda *_: True)
+    finally:
+        torch.set_num_threads(before)
+    return Shapes(folder, data, model, task.save(trained, folder / "tiny.pt"))
 
 
 @pytest.fixture(scope="session")
