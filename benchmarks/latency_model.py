@@ -38,6 +38,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from profiles.artifact import export_artifact  # noqa: E402  # The repository is not installed as a package.
+from profiles.connection import DeviceError  # noqa: E402
 from profiles.latency_model import LatencyModel  # noqa: E402
 from profiles.measure import compare  # noqa: E402
 from search.allocation import ALLOCATIONS, Widths, rank  # noqa: E402
@@ -229,8 +230,9 @@ def table_text(results: Sequence[dict[str, Any]]) -> str:
         lines.append(
             f"\n{result['network']}, {result['runtime']} ({result['fingerprint']}): "
             f"{result['model_ms']:.2f} ms, channels in multiples of {result['channel_multiple']}; "
-            f"profile and model built in {result['build_s']:.0f} s, error stated by the fit {stated:.1%}; a prediction takes "
-            f"{result['predict_one_ms']:.3f} ms, {result['predict_many_ms'] * 1e3:.0f} µs among many"
+            f"profile and model built in {result['build_s']:.0f} s, error stated by the fit {stated:.1%}; "
+            f"a prediction takes {result['predict_one_ms']:.3f} ms, "
+            f"{result['predict_many_ms'] * 1e3:.0f} µs among many"
         )
         lines.append("| rounding | measured within ± | model | within 10% | within 5% | mean | rms | worst |")
         lines.append("| --- | --- | --- | --- | --- | --- | --- | --- |")
@@ -261,12 +263,18 @@ def main() -> int:
     data = Path(os.environ.get("PARETOPRUNE_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not data.is_dir():
         parser.error(f"no data folder at {data}; set PARETOPRUNE_DATA")
-    results = []
+    results, missed = [], []
     with tempfile.TemporaryDirectory() as work:
         for network in args.networks.split(","):
             for runtime in args.runtimes.split(","):
-                results.append(run(network, runtime, args, data, Path(work)))
-    missed = [text for result in results for text in missed_targets(result)]
+                try:
+                    result = run(network, runtime, args, data, Path(work))
+                except (ValueError, DeviceError) as error:  # The other runtimes' figures are still wanted.
+                    missed.append(f"{network} in {runtime}: not measured: {error}")
+                    note(missed[-1])
+                    continue
+                results.append(result)
+                missed += missed_targets(result)
     if args.json:
         print(json.dumps({"results": results, "missed": missed}, indent=1))
     else:

@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from profiles import measure
+from profiles import latency_profile, measure, variants
 from profiles.artifact import Artifact
 from profiles.device import Device
+from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.timing import Timing
 from profiles.variants import (
     MULTIPLES,
@@ -27,34 +28,34 @@ WIDE = [64, 128, 256]
 
 def relative(step: int, work: Sequence[float], gain: float = 0.25) -> list[float]:
     """Measured latencies on a device that loses `gain` where widths are no multiples of `step`."""
-    variants = trial_variants()
-    return [w * (1 if v.round_to % step == 0 else 1 + gain) for v, w in zip(variants, work, strict=True)]
+    tried = trial_variants()
+    return [w * (1 if v.round_to % step == 0 else 1 + gain) for v, w in zip(tried, work, strict=True)]
 
 
 @pytest.mark.parametrize("step", MULTIPLES)
 def test_the_multiple_is_the_devices_step(step: int) -> None:
     rng = np.random.default_rng(step)
-    variants = trial_variants()
+    tried = trial_variants()
     # Rounding changes the work somewhat: only the cost per work may decide.
-    work = [(1 - v.ratio) ** 2 * rng.uniform(0.8, 1.2) for v in variants]
+    work = [(1 - v.ratio) ** 2 * rng.uniform(0.8, 1.2) for v in tried]
     for error in (0.001, 0.01):
-        times = np.array(relative(step, work)) * np.exp(rng.normal(0, error, len(variants)))
-        assert choose_multiple(variants, times.tolist(), work, error, WIDE) == step
+        times = np.array(relative(step, work)) * np.exp(rng.normal(0, error, len(tried)))
+        assert choose_multiple(tried, times.tolist(), work, error, WIDE) == step
 
 
 def test_a_gain_that_is_noise_or_not_worth_it_gives_the_smaller_multiple() -> None:
-    variants = trial_variants()
-    work = [1 - v.ratio for v in variants]
-    assert choose_multiple(variants, relative(8, work, 0.01), work, 0.001, WIDE) == 1
-    assert choose_multiple(variants, relative(8, work, 0.10), work, 0.10, WIDE) == 1
-    assert choose_multiple(variants, relative(8, work, 0.10), work, 0.01, WIDE) == 8
+    tried = trial_variants()
+    work = [1 - v.ratio for v in tried]
+    assert choose_multiple(tried, relative(8, work, 0.01), work, 0.001, WIDE) == 1
+    assert choose_multiple(tried, relative(8, work, 0.10), work, 0.10, WIDE) == 1
+    assert choose_multiple(tried, relative(8, work, 0.10), work, 0.01, WIDE) == 8
 
 
 def test_a_multiple_that_leaves_nothing_to_choose_is_not_considered() -> None:
-    variants = trial_variants()
-    work = [1 - v.ratio for v in variants]
-    assert choose_multiple(variants, relative(16, work), work, 0.001, [32, 32, 64]) < 16
-    assert choose_multiple(variants, relative(16, work), work, 0.001, [2, 2, 4]) == 1
+    tried = trial_variants()
+    work = [1 - v.ratio for v in tried]
+    assert choose_multiple(tried, relative(16, work), work, 0.001, [32, 32, 64]) < 16
+    assert choose_multiple(tried, relative(16, work), work, 0.001, [2, 2, 4]) == 1
 
 
 def test_drift_of_the_machine_does_not_reach_the_relative_latencies(
@@ -107,3 +108,31 @@ def test_variants_are_checked_and_distinct() -> None:
         Variant(0.1, spread=-1)
     with pytest.raises(ValueError, match="one width and one latency per layer"):
         MeasuredVariant(Variant(), (1, 2), (1, 2), (1.0,), {})
+
+
+def test_a_fitted_profile_of_a_real_network(
+    monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
+) -> None:
+    monkeypatch.setattr(latency_profile, "trial_variants", lambda: [Variant(0.5, m, seed=1) for m in (1, 8)])
+    monkeypatch.setattr(latency_profile, "further_variants", lambda multiple: [Variant(0.75, multiple)])
+    monkeypatch.setattr(variants, "MAX_PASSES", 2)
+    device = Device("here", "onnxruntime")
+    asked: list[Variant] = []
+    heard: list[str] = []
+
+    def make(variant: Variant) -> Artifact:
+        asked.append(variant)
+        wanted = 64 * (1 - variant.ratio) + (5 if variant.round_to == 1 and variant.ratio else 0)
+        return export(device, max(round(wanted / variant.round_to), 1) * variant.round_to)
+
+    profile = build_profile(device, make, "small", repeats=5, warmup=1, progress=heard.append)
+    assert asked[:3] == [Variant(), Variant(0.5, 1, seed=1), Variant(0.5, 8, seed=1)]
+    assert asked[3:] == [Variant(0.75, profile.channel_multiple)]
+    assert profile.model.kind == "fitted"
+    assert profile.model.error is not None
+    assert any("multiples of" in text for text in heard)
+    assert LatencyProfile.from_json(profile.to_json()) == profile
+    narrow = {spec.layer: (spec.in_channels, spec.out_channels) for spec in export(device, 16).layers}
+    # A quarter of the width is a small part of the work; how small is the benchmark's question.
+    assert profile.predict_ms(narrow) < 0.8 * profile.predict_ms({})
+    assert profile.predict_ms({}) == pytest.approx(profile.model_ms, rel=0.5)
