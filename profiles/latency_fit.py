@@ -30,6 +30,7 @@ FIRMNESS = (0.03, 0.1, 0.3, 1.0, 3.0)
 _POOL_FIRMNESS = 0.03
 #: Operators that are no layer follow few numbers, seen once per variant and kind.
 _OTHER_FIRMNESS = 0.02
+_BASELINE_WEIGHT = 4.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,6 +139,8 @@ def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Float
     """Coefficients `(L, T)` in ms and the constant in ms."""
     # Errors count as shares of the variant's own latency: a deep cut's tenth of a millisecond is a lot.
     weight = 1 / observed.model_ms
+    # The others were measured relative to the unpruned model, which therefore has no error of its own.
+    weight[0] *= _BASELINE_WEIGHT
     whole = observed.model_ms[0]
     base_ms = observed.layer_ms[0]
     everything = tuple(range(len(base_ms)))
