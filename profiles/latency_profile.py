@@ -18,6 +18,7 @@ from .device import Device
 from .latency_model import KINDS, Floats, LatencyModel
 from .timing import Timing
 from .variants import (
+    LIKELY_MULTIPLE,
     MeasuredVariant,
     Variant,
     choose_multiple,
@@ -29,8 +30,6 @@ from .variants import (
 FORMAT_VERSION = 2
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
-#: What most runtimes like, taken where it is not measured.
-DEFAULT_MULTIPLE = 8
 #: Profiled inferences of a variant: its layers are many, and the fit looks at all of them.
 VARIANT_REPEATS = 20
 
@@ -247,7 +246,7 @@ def build_profile(
     layers = tuple(entry for entry in entries if entry.op != OTHER)
     other = {entry.layer: entry.timing.mean_ms for entry in entries if entry.op == OTHER}
     model_ms = sum(entry.timing.mean_ms for entry in entries)
-    model, multiple = _unfitted("bilinear" if kind == "fitted" else kind, layers, other), DEFAULT_MULTIPLE
+    model, multiple = _unfitted("bilinear" if kind == "fitted" else kind, layers, other), LIKELY_MULTIPLE
     if kind == "fitted":
         model, multiple = _fitted(device, export, artifact, entries, model, say)
     return LatencyProfile(

@@ -27,6 +27,10 @@ Floats = NDArray[np.float64]
 MULTIPLES = (1, 4, 8, 16)
 #: Each multiple is tried at these shares, so that one lucky set of widths does not decide.
 RATIOS = (0.35, 0.6)
+#: What most runtimes like, taken where it is not or cannot be measured.
+LIKELY_MULTIPLE = 8
+#: Error of a comparison of multiples above which it says nothing.
+TOO_NOISY = 0.05
 #: A coarser multiple must be faster by this share: coarser widths cost accuracy.
 WORTH = 0.02
 MIN_PASSES, MAX_PASSES = 2, 6
@@ -183,7 +187,8 @@ def choose_multiple(
             considered, since it would leave most layers nothing to choose from.
 
     Returns:
-        The smallest multiple that is as good as the best within 2% or the error of the comparison.
+        The smallest multiple that is as good as the best within 2% or the error of the comparison; on a machine
+        too busy to tell them apart, what most runtimes like.
     """
     log_cost = np.log(np.asarray(relative) / np.asarray(work))
     costs: dict[int, list[float]] = {}
@@ -193,4 +198,6 @@ def choose_multiple(
     mean = {m: float(np.mean(found)) for m, found in costs.items() if m <= widest or m == min(costs)}
     # A difference of two means, each over as many variants as there are seeds.
     noise = 1.65 * error * math.sqrt(2 / min(len(found) for found in costs.values()))
+    if noise > TOO_NOISY and LIKELY_MULTIPLE in mean:
+        return LIKELY_MULTIPLE
     return min(m for m, cost in mean.items() if cost <= min(mean.values()) + max(WORTH, noise))

@@ -161,6 +161,8 @@ class Shop:
             device,
             lambda variant: self._variant(device, variant, folder),
             self.task.model_key,
+            kind=self.study.profile.model,
+            repeats=self.study.profile.repeats,
             progress=self.notice,
         )
         shutil.rmtree(folder, ignore_errors=True)  # a dozen models that nobody needs again
@@ -179,6 +181,7 @@ class Shop:
             "input_shape": list(self.task.input_shape),
             "fingerprint": fingerprint,
             "device": device.to_json(),
+            **self.study.profile.model_dump(),
         }
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:

@@ -69,6 +69,7 @@ search:
   round_to: {{choices: [4, 8]}}
   min_channels: 4
 finetune: {{epochs: 1, batch: 8}}
+profile: {{model: bilinear}}    # quick; fitted measures pruned variants of the model too
 measure: {{limit_s: 6}}
 trials: {trials}
 """

@@ -142,6 +142,13 @@ class FinetuneSection(_Section):
     options: Mapping[str, Any] = Field(default_factory=dict)
 
 
+class ProfileSection(_Section):
+    """How a device is profiled. `fitted` measures pruned variants of the model too, a minute or more a device."""
+
+    model: Literal["fitted", "bilinear", "linear"] = "fitted"
+    repeats: Annotated[int, Field(ge=1)] = 50
+
+
 class MeasureSection(_Section):
     """When a latency measurement ends: the ratio's interval is narrow enough, or the time is up."""
 
@@ -211,6 +218,7 @@ class StudyFile(_Section):
     search: SearchSection = SearchSection()
     calibration: CalibrationSection = CalibrationSection()
     finetune: FinetuneSection = FinetuneSection()
+    profile: ProfileSection = ProfileSection()
     measure: MeasureSection = MeasureSection()
     trials: Annotated[int, Field(ge=1)] = 40
     limits: Limits = Limits()
