@@ -240,7 +240,7 @@ def build_profile(
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     say = progress or (lambda text: None)
-    say(f"profiling {model_key} on {device.name}")
+    say(f"{device.name}: timing every layer")
     artifact = export(Variant())
     entries = profile_layers(device, artifact, repeats=repeats, warmup=warmup)
     layers = tuple(entry for entry in entries if entry.op != OTHER)

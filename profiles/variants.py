@@ -187,8 +187,8 @@ def choose_multiple(
             considered, since it would leave most layers nothing to choose from.
 
     Returns:
-        The smallest multiple that is as good as the best within 2% or the error of the comparison; on a machine
-        too busy to tell them apart, what most runtimes like.
+        The smallest multiple that is as good as the best within 2% or the error of the comparison; what most
+        runtimes like on a machine too busy to tell them apart.
     """
     log_cost = np.log(np.asarray(relative) / np.asarray(work))
     costs: dict[int, list[float]] = {}

@@ -143,7 +143,7 @@ class FinetuneSection(_Section):
 
 
 class ProfileSection(_Section):
-    """How a device is profiled. `fitted` measures pruned variants of the model too, a minute or more a device."""
+    """How a device is profiled. `fitted` also measures pruned variants of the model, a minute or more."""
 
     model: Literal["fitted", "bilinear", "linear"] = "fitted"
     repeats: Annotated[int, Field(ge=1)] = 50

@@ -14,6 +14,7 @@ from profiles.device import Device
 from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.timing import Timing
 from profiles.variants import (
+    LIKELY_MULTIPLE,
     MULTIPLES,
     MeasuredVariant,
     Variant,
@@ -47,8 +48,15 @@ def test_a_gain_that_is_noise_or_not_worth_it_gives_the_smaller_multiple() -> No
     tried = trial_variants()
     work = [1 - v.ratio for v in tried]
     assert choose_multiple(tried, relative(8, work, 0.01), work, 0.001, WIDE) == 1
-    assert choose_multiple(tried, relative(8, work, 0.10), work, 0.10, WIDE) == 1
+    assert choose_multiple(tried, relative(16, work, 0.04), work, 0.03, WIDE) == 1
     assert choose_multiple(tried, relative(8, work, 0.10), work, 0.01, WIDE) == 8
+
+
+def test_a_machine_too_busy_to_tell_gives_the_likely_multiple() -> None:
+    tried = trial_variants()
+    work = [1 - v.ratio for v in tried]
+    assert choose_multiple(tried, relative(4, work, 0.10), work, 0.10, WIDE) == LIKELY_MULTIPLE
+    assert choose_multiple(tried, relative(4, work, 0.10), work, 0.10, [16, 16, 16]) == 1
 
 
 def test_a_multiple_that_leaves_nothing_to_choose_is_not_considered() -> None:

@@ -1,0 +1,364 @@
+"""A trial and its bench on a tiny detector: all of it real but the clock."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch import nn
+
+import search.bench
+import search.trial
+from profiles.artifact import Artifact, LayerSpec, open_artifact
+from profiles.device import Device
+from profiles.latency_model import LatencyModel
+from profiles.latency_profile import LatencyProfile, LayerProfile
+from profiles.timing import Comparison, Timing
+from search.bench import Shop
+from search.plan import PruningPlan
+from search.prune import WidthError, check_widths
+from search.result import TrialParams, TrialResult
+from search.studyfile import StudyFile, StudyFileError, load_study_file
+from search.tables import plan_json, plan_table, profile_json, profile_table, score_json, score_table
+from search.trial import Bench, check_parity, make_plan, predict_ms, rerank, run_trial
+from search.workspace import Workspace, read_result
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+STEPS = ["rerank", "plan", "prune", "recover", "export", "measure"]
+
+
+class Listener:
+    def __init__(self) -> None:
+        self.steps: list[str] = []
+        self.epochs: list[tuple[int, int]] = []
+
+    def step(self, name: str) -> None:
+        self.steps.append(name)
+
+    def epoch(self, done: int, epochs: int, accuracy: float) -> None:
+        self.epochs.append((done, epochs))
+
+
+def work(layer: LayerSpec) -> float:
+    """A layer's cost in ms, as multiply-accumulates would have it."""
+    size = np.prod(layer.kernel) * np.prod(layer.output_hw) * layer.in_channels * layer.out_channels
+    return float(size) / layer.groups / 1e6
+
+
+def counted_profile(
+    device: Device, export: Callable[[Any], Artifact], model_key: str, **_: Any
+) -> LatencyProfile:
+    artifact = export(search.bench.Variant())
+    layers = tuple(LayerProfile.of(spec, Timing((work(spec),), 0)) for spec in artifact.layers)
+    shapes = [
+        [getattr(spec, key) for spec in artifact.layers] for key in ("in_channels", "out_channels", "groups")
+    ]
+    model = LatencyModel.from_layers("bilinear", [work(spec) for spec in artifact.layers], *shapes, 0.1)
+    total = sum(map(work, artifact.layers)) + 0.1
+    return LatencyProfile(
+        device, "print", model_key, artifact.input_shape, layers, total, {"x": 0.1}, 4, model
+    )
+
+
+def counted_comparison(device: Device, candidate: Artifact, baseline: Artifact, **_: Any) -> Comparison:
+    """The ratio of the artifacts' counted work; the clock of the moment runs twice too slow."""
+    times = [sum(map(work, a.layers)) for a in (candidate, baseline)]
+    ratio = times[0] / times[1]
+    timings = [Timing((2 * t, 2 * t, 2.2 * t), 0) for t in times]
+    return Comparison(*timings, ratio, (ratio * 0.98, ratio * 1.02), 4, True)
+
+
+@pytest.fixture(scope="module")
+def study(shapes: Any, tmp_path_factory: pytest.TempPathFactory) -> StudyFile:
+    folder = tmp_path_factory.mktemp("trial")
+    path = folder / "study.yaml"
+    document = {
+        "name": "tiny",
+        "model": str(shapes.weights),
+        "data": str(shapes.data),
+        "imgsz": shapes.imgsz,
+        "devices": [{"name": "ort", "runtime": "onnxruntime"}, {"name": "torch", "runtime": "torch"}],
+        "search": {"min_channels": 4},
+        "calibration": {"images": 6, "batch": 4},
+        "finetune": {"epochs": 1, "batch": 4, "device": "cpu", "reestimate_images": 12},
+    }
+    path.write_text(yaml.safe_dump(document))
+    return load_study_file(path)
+
+
+@pytest.fixture(scope="module")
+def shop(study: StudyFile) -> Shop:
+    return Shop(study, Workspace(study.folder), notice=lambda text: None)
+
+
+@pytest.fixture(scope="module")
+def bench(shop: Shop) -> Bench:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.bench, "build_profile", counted_profile)
+        patch.setattr(Device, "fingerprint", "print")
+        return shop.bench(shop.study.device("ort").device())
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(search.trial, "compare", counted_comparison)
+    monkeypatch.chdir(tmp_path)
+
+
+PARAMS = TrialParams(beta=0.2, ratio=0.4, round_to=4)
+
+
+@pytest.fixture(scope="module")
+def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialResult, Path, Listener]:
+    folder, listener = tmp_path_factory.mktemp("run") / "trial-0001", Listener()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.trial, "compare", counted_comparison)
+        result = run_trial(
+            1, PARAMS, replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0), folder, listener
+        )
+    return result, folder, listener
+
+
+# ---- the trial -----------------------------------------------------------------------------------
+
+
+def test_a_trial_is_its_steps_each_with_its_time(done: tuple[TrialResult, Path, Listener]) -> None:
+    result, _, listener = done
+    assert listener.steps == STEPS
+    assert list(result.duration_s) == STEPS
+    assert listener.epochs == [(0, 1), (1, 1)]
+    assert len(result.epochs) == 2
+    assert result.accuracy == max(result.epochs)
+    assert result.state == "complete"
+
+
+def test_a_trials_files_tell_all_of_it(done: tuple[TrialResult, Path, Listener], bench: Bench) -> None:
+    from safetensors.torch import load_file
+
+    result, folder, _ = done
+    assert read_result(folder / "result.json") == result
+    plan = PruningPlan.load(folder / "plan.json")
+    assert plan.digest == result.plan_digest
+    state = load_file(folder / "model.safetensors")
+    for name, cut in plan.layers.items():
+        assert state[f"{name}.weight"].shape[0] == cut.kept_out
+    assert result.params == sum(
+        v.numel() for k, v in state.items() if "running" not in k and "num_b" not in k
+    )
+    artifact = next(folder.glob("*.onnx"))
+    assert result.artifact_digest == search.bench.hashlib.sha256(artifact.read_bytes()).hexdigest()
+    assert (folder / "model.pt").exists()
+    share = sum(len(v) for v in plan.removed.values()) / bench.groups.channels.sum()
+    assert 0.2 < share < 0.6
+
+
+def test_latency_is_the_measured_ratio_times_trial_0s(done: tuple[TrialResult, Path, Listener]) -> None:
+    """A clock that runs at half speed today moves no point."""
+    result, _, _ = done
+    assert result.speedup is not None and result.latency_ms is not None  # noqa: PT018
+    assert result.speedup > 1.2
+    assert result.latency_ms == pytest.approx(10.0 / result.speedup)
+    assert result.latency_p90_ms == pytest.approx(
+        result.latency_ms * 2.16 / 2
+    )  # 90th percentile of 2, 2, 2.2
+    assert result.speedup_ci == pytest.approx((result.speedup / 1.02, result.speedup / 0.98))
+    assert result.details["verdict"] == "faster"
+
+
+def test_the_unpruned_model_sets_the_scale(bench: Bench, tmp_path: Path) -> None:
+    listener = Listener()
+    result = run_trial(0, TrialParams(), bench, tmp_path / "trial-0000", listener)
+    assert result.speedup == 1.0
+    assert result.latency_ms == pytest.approx(2 * sum(map(work, bench.baseline.layers)))
+    assert listener.epochs == [(0, 0)]  # evaluated, not trained
+    assert PruningPlan.load(tmp_path / "trial-0000" / "plan.json").is_empty
+    assert result.predicted_latency_ms == pytest.approx(bench.profile.predict_ms({}))
+
+
+def test_a_trial_computes_no_scores_and_profiles_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: Any, **__: Any) -> Any:
+        pytest.fail("a trial repeated what is cached")
+
+    monkeypatch.setattr("search.scores.taylor", forbidden)
+    monkeypatch.setattr("search.criteria.taylor", forbidden)
+    monkeypatch.setattr("profiles.measure.profile_layers", forbidden)
+    monkeypatch.setattr(type(bench.task), "loss", forbidden)
+    bench = replace(bench, recovery=replace(bench.recovery, epochs=0), baseline_ms=1.0, baseline_p90_ms=1.0)
+    assert run_trial(1, PARAMS, bench, tmp_path / "trial", Listener()).state == "complete"
+
+
+def test_the_same_parameters_give_the_same_plan(bench: Bench) -> None:
+    first, second = (make_plan(PARAMS, rerank(PARAMS, bench), bench) for _ in range(2))
+    assert first == second
+    other = replace(PARAMS, beta=0.9)
+    assert make_plan(other, rerank(other, bench), bench) != first
+
+
+def test_a_recovery_that_rebuilds_the_network_is_caught(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unpruned(self: Any, model: nn.Module, *_: Any) -> nn.Module:
+        rebuilt: nn.Module = self.load_model()
+        return rebuilt
+
+    monkeypatch.setattr(type(bench.task), "recover", unpruned)
+    with pytest.raises(WidthError, match="layers do not have the plan's widths"):
+        run_trial(1, PARAMS, bench, tmp_path / "trial", Listener())
+    assert not (tmp_path / "trial" / "result.json").exists()
+
+
+def test_an_artifact_that_computes_something_else_is_caught(bench: Bench) -> None:
+    model = bench.task.load_model()
+    assert check_parity(model, bench.baseline, bench.task) < 1e-4
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    with pytest.raises(
+        ValueError, match=r"must match the PyTorch model within 0.001 of its largest output, got"
+    ):
+        check_parity(model, bench.baseline, bench.task)
+
+
+def test_the_recovered_model_is_in_the_artifact(
+    done: tuple[TrialResult, Path, Listener], bench: Bench
+) -> None:
+    result, folder, _ = done
+    artifact = replace(bench.baseline, path=next(folder.glob("*.onnx")))
+    accuracy = bench.task.evaluate(open_artifact(artifact, threads=1))
+    assert accuracy == pytest.approx(result.accuracy, abs=0.005)
+
+
+# ---- the bench -----------------------------------------------------------------------------------
+
+
+def test_scores_are_computed_once(shop: Shop, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    fresh = Shop(shop.study, shop.workspace, notice=told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(search.bench, "compute_scores", lambda *_, **__: pytest.fail("computed again"))
+        found = fresh.scores("taylor")
+    assert told == ["scores: taylor found in the cache"]
+    for name, values in bench.scores["taylor"].layers.items():
+        assert found.layers[name].tobytes() == values.tobytes()
+    told.clear()
+    again = fresh.scores("taylor", refresh=True)
+    assert told == ["scores: computing taylor on 6 images"]
+    assert list(again.layers) == list(found.layers)
+    other = fresh.study.model_copy(
+        update={"calibration": fresh.study.calibration.model_copy(update={"images": 5})}
+    )
+    told.clear()
+    Shop(other, shop.workspace, notice=told.append).scores("taylor")
+    assert told == ["scores: computing taylor on 5 images"]
+
+
+def test_a_damaged_score_file_is_computed_again(study: StudyFile, tmp_path: Path) -> None:
+    told: list[str] = []
+    own = Shop(study, Workspace(tmp_path), notice=told.append)
+    want = own.scores("taylor")
+    (path,) = (tmp_path / "cache" / "scores").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    told.clear()
+    again = own.scores("taylor")
+    assert told[0].startswith("scores: cache refused")
+    assert told[1] == "scores: computing taylor on 6 images"
+    assert list(again.layers) == list(want.layers)
+
+
+def test_a_profile_is_measured_once_and_again_on_another_machine(
+    shop: Shop, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    fresh, device = Shop(shop.study, shop.workspace, notice=told.append), shop.study.device("ort").device()
+    monkeypatch.setattr(search.bench, "build_profile", counted_profile)
+    monkeypatch.setattr(Device, "fingerprint", "print")
+    assert fresh.profile(device).delta_ms == bench.profile.delta_ms
+    assert told == ["profile: ort found in the cache"]
+    monkeypatch.setattr(Device, "fingerprint", "another")
+    told.clear()
+    fresh.profile(device)
+    assert told == ["profile: measuring every layer on ort (another)"]
+
+
+def test_the_baseline_is_exported_once(shop: Shop, bench: Bench) -> None:
+    before = bench.baseline.path.stat().st_mtime_ns
+    again = Shop(shop.study, shop.workspace).baseline(bench.device)
+    assert again == bench.baseline
+    assert again.path.stat().st_mtime_ns == before
+
+
+def test_include_and_exclude_reach_the_plan(study: StudyFile) -> None:
+    narrow = study.model_copy(update={"search": study.search.model_copy(update={"exclude": ("model.0.*",)})})
+    names = {g.name for g in Shop(narrow, Workspace(study.folder)).groups.groups}
+    assert names
+    assert "model.0.conv" not in names
+    assert "model.0.conv" in {g.name for g in Shop(study, Workspace(study.folder)).groups.groups}
+
+
+def test_a_model_that_cannot_be_used_is_a_fault_of_the_file(study: StudyFile, tmp_path: Path) -> None:
+    text = tmp_path / "text.pt"
+    text.write_text("no model")
+    wrong = study.model_copy(update={"model": str(text)})
+    with pytest.raises(StudyFileError, match=r"study.yaml: 1 fault\n  model must be an Ultralytics"):
+        _ = Shop(wrong, Workspace(study.folder)).task
+
+
+# ---- documents and tables ------------------------------------------------------------------------
+
+
+def text_of(table: Any) -> str:
+    from rich.console import Console
+
+    console = Console(width=250, file=io.StringIO(), record=True)
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_plans_document(bench: Bench) -> None:
+    plan = make_plan(PARAMS, rerank(PARAMS, bench), bench)
+    document = json.loads(json.dumps(plan_json(plan, PARAMS, bench)))
+    assert {"device", "beta", "ratio", "round_to", "channels_total", "channels_removed"} <= set(document)
+    assert document["predicted_latency_ms"] == pytest.approx(predict_ms(plan, bench.profile))
+    assert document["predicted_latency_ms"] < document["baseline_latency_ms"]
+    lost = sum(layer["channels"] - layer["kept"] for layer in document["layers"])
+    assert document["channels_removed"] == lost  # of groups and of layers, two ways of counting
+    assert sum(layer["channels"] for layer in document["layers"]) >= document["channels_total"]
+    assert abs(lost / document["channels_total"] - 0.4) < 0.05
+    shown = text_of(plan_table(document))
+    assert f"{lost} of {document['channels_total']} channels" in shown
+    assert all(layer["layer"] in shown for layer in document["layers"] if layer["kept"] < layer["channels"])
+
+
+def test_the_profiles_document(bench: Bench) -> None:
+    document = json.loads(json.dumps(profile_json(bench.profile)))
+    assert (document["fingerprint"], document["model_ms"]) == ("print", bench.profile.model_ms)
+    assert {"layer", "latency_ms", "channels", "delta_ms", "delta_norm"} <= set(document["layers"][0])
+    for layer in document["layers"]:
+        assert layer["delta_ms"] == pytest.approx(layer["latency_ms"] / layer["channels"])
+    assert max(layer["delta_norm"] for layer in document["layers"]) == 1.0
+    assert "model.0.conv" in text_of(profile_table("ort", bench.profile))
+
+
+def test_the_scores_document(bench: Bench) -> None:
+    scores = bench.scores["taylor"]
+    document = json.loads(json.dumps(score_json(scores)))
+    entry = next(layer for layer in document["layers"] if layer["layer"] == "model.0.conv")
+    values = scores.layers["model.0.conv"]
+    assert (entry["channels"], entry["min"], entry["max"]) == (len(values), values.min(), values.max())
+    assert "model.0.conv" in text_of(score_table(scores))
+
+
+def test_check_widths_knows_the_bench(bench: Bench) -> None:
+    plan = make_plan(PARAMS, rerank(PARAMS, bench), bench)
+    with pytest.raises(WidthError):
+        check_widths(bench.task.load_model(), plan)
