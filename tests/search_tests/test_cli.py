@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import subprocess
 import sys
@@ -15,9 +14,7 @@ import numpy as np
 import pytest
 import yaml
 
-import search.bench
 import search.cli
-from profiles.latency_profile import build_profile
 from search.plan import PruningPlan
 from search.prune import check_widths
 
@@ -42,8 +39,6 @@ Run = Callable[..., Answer]
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """The console script's own entry, without starting Python anew each time."""
-    # The layer profile alone; fitting a latency model takes a minute and has tests of its own.
-    monkeypatch.setattr(search.bench, "build_profile", functools.partial(build_profile, kind="bilinear"))
 
     def call(*arguments: Any) -> Answer:
         capfd.readouterr()
@@ -68,6 +63,8 @@ def folder(shapes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "search": {"ratio": {"low": 0.2, "high": 0.5}, "round_to": 4, "min_channels": 4},
         "calibration": {"images": 6, "batch": 4},
         "finetune": {"epochs": 1, "batch": 4, "device": "cpu", "reestimate_images": 12},
+        # The layer profile alone: fitting a latency model takes a minute and has tests of its own.
+        "profile": {"model": "bilinear"},
         "measure": {"limit_s": 0.5, "target": 0.9},
         "trials": 2,
     }
