@@ -322,8 +322,7 @@ def ui(
     )
 
 
-# ---- helpers
-# ---------------------------------------------------------------------------------------------------------
+# -- helpers
 
 
 def _load(path: Path, overrides: list[str] | None, folder: Path | None) -> StudyFile:

@@ -47,8 +47,7 @@ class ConsoleProgress:
         if self._live:
             self._live.stop()
 
-    # ---- what a search tells
-    # ---------------------------------------------------------------------------------------
+    # -- what a search tells
 
     def notice(self, text: str) -> None:
         self._console.print(Text(text, style="dim"))
@@ -83,8 +82,7 @@ class ConsoleProgress:
         self._head, self._step = "", ""
         self._console.print(describe(result, self._metric, front))
 
-    # ---- drawing
-    # ---------------------------------------------------------------------------------------------------
+    # -- drawing
 
     def _time_left(self) -> str:
         left = sum(max(0, self._wanted - done) for done in self._done.values())

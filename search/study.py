@@ -90,8 +90,7 @@ class DeviceStudy:
             return None
         return cls(study, device, storage, workspace)
 
-    # ---- what there is
-    # ---------------------------------------------------------------------------------------------
+    # -- what there is
 
     def results(self) -> list[TrialResult]:
         """All finished trials, by number, from any worker."""
@@ -112,8 +111,7 @@ class DeviceStudy:
         """Finished trials besides trial 0."""
         return sum(r.trial > 0 for r in self.results())
 
-    # ---- identity
-    # --------------------------------------------------------------------------------------------------
+    # -- identity
 
     def claim(self, bench: Bench) -> None:
         """Make sure that new results compare with those that are there.
@@ -144,8 +142,7 @@ class DeviceStudy:
                 f"compare; give the study another name, or another --dir"
             )
 
-    # ---- asking
-    # ----------------------------------------------------------------------------------------------------
+    # -- asking
 
     def prepare(self) -> None:
         """Queue the unpruned model and the known good points, once."""
@@ -196,8 +193,7 @@ class DeviceStudy:
         self._seat_sampler(frozen.number)
         return optuna.Trial(self.optuna, frozen._trial_id)
 
-    # ---- telling
-    # ---------------------------------------------------------------------------------------------------
+    # -- telling
 
     def tell(self, trial: optuna.Trial, result: TrialResult) -> None:
         """Finish a trial in the storage. The result goes in first: a finished trial always has one."""

@@ -99,8 +99,7 @@ class DetectionTask:
         model: nn.Module = copy.deepcopy(self._original)
         return model
 
-    # ---- tracing
-    # -------------------------------------------------------------------------------------------------
+    # -- tracing
 
     def traceable(self, model: nn.Module) -> Traceable:
         return traceable_copy(model, self.input_shape)
@@ -111,8 +110,7 @@ class DetectionTask:
                 module.c = module.cv1.conv.out_channels // 2
         model.is_pruned = True  # type: ignore[assignment]  # a plain flag that `save` reads
 
-    # ---- data
-    # ----------------------------------------------------------------------------------------------------
+    # -- data
 
     def _dataset(self, split: str) -> Any:
         """Images of one split, letterboxed to the square input, without augmentation."""
@@ -145,8 +143,7 @@ class DetectionTask:
         images: NDArray[np.float32] = batch["img"].numpy()
         return images
 
-    # ---- loss
-    # ----------------------------------------------------------------------------------------------------
+    # -- loss
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         # Ultralytics returns box, class and DFL terms, each already multiplied by the number of images.
@@ -161,8 +158,7 @@ class DetectionTask:
         total: Tensor = raw["boxes"].sum() + raw["scores"].sum()
         return total
 
-    # ---- recovery
-    # ------------------------------------------------------------------------------------------------
+    # -- recovery
 
     def recover(
         self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback
@@ -195,8 +191,7 @@ class DetectionTask:
         model.criterion = None  # type: ignore[assignment]  # holds tensors of the training device
         return model
 
-    # ---- accuracy
-    # ------------------------------------------------------------------------------------------------
+    # -- accuracy
 
     def evaluate(self, predict: Predictor) -> float:
         overrides = {
@@ -227,8 +222,7 @@ class DetectionTask:
 
         return predict
 
-    # ---- shipping
-    # ------------------------------------------------------------------------------------------------
+    # -- shipping
 
     def deployable(self, model: nn.Module) -> nn.Module:
         ready: Any = copy.deepcopy(model).cpu().float().eval()
