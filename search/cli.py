@@ -77,7 +77,7 @@ def quickstart(
     dir: Annotated[Path, typer.Option("--dir", metavar="DIR", help="Where everything goes.")] = Path(
         "paretoprune-quickstart"
     ),
-    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials per device.")] = 4,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Trials per device.")] = 3,
 ) -> None:
     """The whole main job on data it makes itself: no network, no data, a few minutes."""
     from .quickstart import run_quickstart

@@ -131,7 +131,7 @@ def front_table(device: str, front: ParetoFront, metric: str, limit: int | None 
         box=SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
     )
-    for heading in ("trial", "β", "ratio", metric, "ms", "p90 ms", "speedup [95%]", "params", "MACs"):
+    for heading in ("trial", "β", "ratio", metric, "ms", "p90 ms", "speedup [95%]", "params"):
         table.add_column(heading, justify="right", no_wrap=True)
     points = front.points if limit is None else front.points[-limit:]
     for p in points:
@@ -145,7 +145,6 @@ def front_table(device: str, front: ParetoFront, metric: str, limit: int | None 
             f"{p.latency_p90_ms:.2f}",
             f"{p.speedup:.2f}x [{low:.2f}, {high:.2f}]" if p.trial else "1x",
             f"{(p.params or 0) / 1e6:.2f}M",
-            f"{(p.macs or 0) / 1e6:.0f}M",
         )
     return table
 
