@@ -70,7 +70,7 @@ search:
   min_channels: 4
 finetune: {{epochs: 1, batch: 8}}
 profile: {{model: bilinear}}    # quick; fitted measures pruned variants of the model too
-measure: {{limit_s: 6}}
+measure: {{limit_s: 5}}
 trials: {trials}
 """
 
