@@ -200,7 +200,8 @@ class _FileReader:
         try:
             with Image.open(file) as picture:
                 rgb = picture.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+        except (OSError, UnidentifiedImageError, ImportError) as error:
+            # ImportError: a plugin for a rarer format that another library hooked in and that is not installed
             raise ValueError(f"image {file} cannot be read: {error}; remove it or replace it") from error
         scale = self.imgsz / min(rgb.size)
         width, height = (max(self.imgsz, round(side * scale)) for side in rgb.size)
