@@ -201,7 +201,7 @@ class _FileReader:
             with Image.open(file) as picture:
                 rgb = picture.convert("RGB")
         except (OSError, UnidentifiedImageError, ImportError) as error:
-            # ImportError: a plugin for a rarer format that another library hooked in and that is not installed
+            # ImportError: a plugin for a rarer format that another library hooked in and that is not here
             raise ValueError(f"image {file} cannot be read: {error}; remove it or replace it") from error
         scale = self.imgsz / min(rgb.size)
         width, height = (max(self.imgsz, round(side * scale)) for side in rgb.size)
