@@ -105,6 +105,25 @@ def compare(
     )
 
 
+def ratio_once(device: Device, candidate: Artifact, baseline: Artifact, *, first: int = 0) -> float:
+    """Candidate over baseline latency from a single round of fresh processes, about two seconds.
+
+    Both models are sampled within the same second, so what the machine does meanwhile meets both. Rounds
+    differ among themselves by a percent or so: take several, or `compare`, where a single figure decides.
+
+    Args:
+        first: 1 lets the baseline begin.
+
+    Raises: as `compare`.
+    """
+    specs = [_spec(device, artifact) for artifact in (candidate, baseline)]
+    with _measuring(device) as connection:
+        for spec, artifact in zip(specs, (candidate, baseline), strict=True):
+            spec["path"] = connection.send_file(artifact.path, artifact.digest)
+        done = _round(connection, specs, first=first)
+    return math.exp(_round_log_ratio(done["blocks"]))
+
+
 def measure(
     device: Device, artifact: Artifact, *, rounds: int = 3, progress: Progress | None = None
 ) -> Timing:

@@ -136,27 +136,22 @@ def relative_latency(
 ) -> tuple[Floats, float]:
     """Latency of each artifact as a share of the baseline's, `(n,)`, and the standard error of its logarithm.
 
-    Passes go over all artifacts, each in a fresh process, forth and back, the baseline at both ends; what the
-    machine's speed does meanwhile is taken out by a straight line between the two. At least two passes, more
-    where they disagree.
+    Each pass measures every artifact in turns with the baseline, so that a machine that drifts or is slow for
+    a while moves no share. At least two passes, more where they disagree.
 
     Args:
         limit_s: no further pass begins when it would end after this, once there are two.
 
-    Raises: as `measure.measure`.
+    Raises: as `measure.ratio_once`.
     """
-    from .measure import measure
+    from .measure import ratio_once
 
     logs: list[Floats] = []
     start = time.monotonic()
     while True:
-        order = range(len(artifacts)) if len(logs) % 2 == 0 else range(len(artifacts) - 1, -1, -1)
-        turns = [baseline, *(artifacts[i] for i in order), baseline]
-        ms = np.log([measure(device, artifact, rounds=1).p50_ms for artifact in turns])
-        ms -= np.linspace(ms[0], ms[-1], len(ms))
-        row = np.empty(len(artifacts))
-        row[list(order)] = ms[1:-1]
-        logs.append(row)
+        first = len(logs) % 2
+        shares = [ratio_once(device, artifact, baseline, first=first) for artifact in artifacts]
+        logs.append(np.log(shares))
         # One figure for all of them: with so few passes each one's own would be chance.
         deviation = float(np.sqrt(np.mean(np.var(logs, axis=0, ddof=1)))) if len(logs) > 1 else math.inf
         error = deviation / math.sqrt(len(logs))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -12,7 +11,6 @@ from profiles import latency_profile, measure, variants
 from profiles.artifact import Artifact
 from profiles.device import Device
 from profiles.latency_profile import LatencyProfile, build_profile
-from profiles.timing import Timing
 from profiles.variants import (
     LIKELY_MULTIPLE,
     MULTIPLES,
@@ -66,23 +64,24 @@ def test_a_multiple_that_leaves_nothing_to_choose_is_not_considered() -> None:
     assert choose_multiple(tried, relative(16, work), work, 0.001, [2, 2, 4]) == 1
 
 
-def test_drift_of_the_machine_does_not_reach_the_relative_latencies(
+def test_every_share_is_measured_beside_the_baseline(
     monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
 ) -> None:
     device = Device("here", "onnxruntime")
     small, large = export(device, 8), export(device, 16)
-    asked: list[str] = []
+    asked: list[tuple[str, str, int]] = []
 
-    def slower_each_time(device: Device, artifact: Artifact, rounds: int) -> Timing:
-        asked.append(artifact.digest)
-        own = {small.digest: 3.0, large.digest: 10.0}[artifact.digest]
-        return Timing((own * math.exp(0.03 * len(asked)),), 0)
+    def exact(device: Device, candidate: Artifact, baseline: Artifact, *, first: int) -> float:
+        asked.append((candidate.digest, baseline.digest, first))
+        own = {small.digest: 3.0, large.digest: 10.0}
+        return own[candidate.digest] / own[baseline.digest]
 
-    monkeypatch.setattr(measure, "measure", slower_each_time)
+    monkeypatch.setattr(measure, "ratio_once", exact)
     found, error = relative_latency(device, [small, large, small], large)
     np.testing.assert_allclose(found, [0.3, 1.0, 0.3])
     assert error == pytest.approx(0, abs=1e-9)
-    assert len(asked) == 2 * 5
+    # Two passes, each model beginning in one of them.
+    assert asked == [(a.digest, large.digest, f) for f in (0, 1) for a in (small, large, small)]
 
 
 def test_disagreeing_passes_are_repeated(
@@ -93,16 +92,16 @@ def test_disagreeing_passes_are_repeated(
     rng = np.random.default_rng(0)
     asked: list[float] = []
 
-    def noisy(device: Device, artifact: Artifact, rounds: int) -> Timing:
+    def noisy(device: Device, candidate: Artifact, baseline: Artifact, *, first: int) -> float:
         asked.append(float(np.exp(rng.normal(0, 0.1))))
-        return Timing((asked[-1],), 0)
+        return asked[-1]
 
-    monkeypatch.setattr(measure, "measure", noisy)
+    monkeypatch.setattr(measure, "ratio_once", noisy)
     _, error = relative_latency(device, [artifact] * 8, artifact)
     assert 0.02 < error < 0.1
-    assert len(asked) == 6 * 10
+    assert len(asked) == 6 * 8
     relative_latency(device, [artifact] * 8, artifact, limit_s=0)
-    assert len(asked) == 8 * 10
+    assert len(asked) == 8 * 8
 
 
 def test_variants_are_checked_and_distinct() -> None:
