@@ -4,7 +4,7 @@ Run: `uv run python benchmarks/latency_model.py [--check]`; a short look: `--pla
 
 For each runtime on this machine's CPU, YOLOv8n at 320 px and ResNet-56 at 32 px are profiled as a study does
 it. Then random plans, none of them used for fitting (ratios 0.1 to 0.8 of channels or of latency, any beta,
-every allocation, and channels drawn at random, evenly and unevenly over the network), are exported and
+four allocations, both costs, and channels drawn at random, evenly and unevenly over the network), are exported and
 measured in turns with the unpruned model; "measured" is that ratio, and so is what each model predicts. First
 with widths in the device's own multiple, then the same plans without rounding. The paper's linear rule and
 the bilinear one stand beside the fitted model.
@@ -41,8 +41,9 @@ from profiles.artifact import export_artifact  # noqa: E402  # The repository is
 from profiles.connection import DeviceError  # noqa: E402
 from profiles.latency_model import LatencyModel  # noqa: E402
 from profiles.measure import compare  # noqa: E402
-from search.allocation import ALLOCATIONS, Widths, rank  # noqa: E402
+from search.allocation import Demand, Widths, rank  # noqa: E402
 from search.bench import Shop  # noqa: E402
+from search.budget import channels_removed  # noqa: E402
 from search.plan import PruningPlan  # noqa: E402
 from search.prune import prune  # noqa: E402
 from search.result import TrialParams  # noqa: E402
@@ -60,6 +61,9 @@ STUDIES = {
 }
 WITHIN_10, WITHIN_5, BUILD_S, PREDICT_MS = 0.99, 0.90, 90.0, 1.0
 MODELS = ("fitted", "bilinear", "linear")
+#: Allocations that need no measured loss; what they choose differs as much as that one's choices do.
+PLANNED = ("rank", "uniform", "knapsack", "complexity")
+SOURCES = (*PLANNED, "even", "uneven")
 
 
 @dataclass(frozen=True)
@@ -79,19 +83,18 @@ def random_plan(number: int, round_to: int, bench: Bench) -> tuple[PruningPlan, 
     """Plan `number`, the same choice for every `round_to`; which way it was chosen, and its parameters."""
     rng = np.random.default_rng([2026, number])
     ratio = float(rng.uniform(0.1, 0.8))
-    source = (*ALLOCATIONS, "even", "uneven")[number % (len(ALLOCATIONS) + 2)]
+    source = SOURCES[number % len(SOURCES)]
     params = TrialParams(beta=float(rng.uniform(0, 1)), ratio=ratio, round_to=round_to)
-    if source in ALLOCATIONS:
+    if source in PLANNED:
         ratio_of = ("channels", "latency")[int(rng.integers(2))]
-        params = replace(params, allocation=source, ratio_of=ratio_of)
+        cost = ("layer", "marginal")[int(rng.integers(2))]
+        params = replace(params, allocation=source, ratio_of=ratio_of, cost=cost)
         return make_plan(params, rerank(params, bench), bench), source, params
     spread = 0.0 if source == "even" else float(rng.uniform(0.2, 0.6))
     groups = bench.groups
     scores = [rng.random(g.channels) + rng.normal(0, spread) for g in groups.groups]
-    total, weights = groups.prunable_channels, groups.weights
-    share = Widths(round_to, bench.min_channels)
-    removed = rank(groups, scores, ratio, lambda counts: float(counts @ weights) / total, share)
-    return PruningPlan.of(bench.task.model_key, groups, removed), source, params
+    demand = Demand(groups, scores, ratio, channels_removed(groups), Widths(round_to, bench.min_channels))
+    return PruningPlan.of(bench.task.model_key, groups, demand.pick(rank(demand))), source, params
 
 
 def measure_plan(number: int, round_to: int, bench: Bench, folder: Path, limit_s: float) -> Sample:

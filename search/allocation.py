@@ -1,26 +1,25 @@
-"""Allocation: from group scores to the channels that go, until a given share of a budget is gone.
+"""Allocation: how many channels each group loses until a given share of a budget is gone, and which.
 
-`rank` is the paper's rule: all channels of the network in one ascending order. Knows no device beyond the
-function that says what share a choice removes, and no model.
+Every rule decides over units, groups that must lose equal numbers. Most are an order in which units lose one
+channel after the other (`rank`: the paper's global ranking; `uniform`; `complexity`: drawn at random), cut
+where the share is reached; `knapsack` chooses all widths at once. Within a group the lowest scores go first.
+Knows no model, and of the device only the function that says what share a choice removes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .budget import ShareRemoved
 from .groups import ChannelGroups
 
-ALLOCATIONS = ("rank",)
+ALLOCATIONS = ("rank", "uniform", "knapsack", "sensitivity", "complexity")
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
-
-#: Share of the budget that removing `(groups,)` channel counts saves, in [0, 1]; must not fall when a count
-#: rises.
-ShareRemoved = Callable[[IntArray], float]
 
 
 @dataclass(frozen=True)
@@ -40,64 +39,134 @@ class Widths:
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
+    @property
+    def floor(self) -> int:
+        """The smallest kept count."""
+        return max(self.round_to, -(-self.min_channels // self.round_to) * self.round_to)
+
     def settle(self, kept: IntArray, channels: IntArray) -> IntArray:
         """Nearest allowed kept counts, `(units,)`; ties go up, towards keeping."""
-        floor = np.maximum(self.round_to, -(-self.min_channels // self.round_to) * self.round_to)
         rounded = np.floor(kept / self.round_to + 0.5).astype(np.int64) * self.round_to
-        rounded = np.maximum(rounded, floor)
+        rounded = np.maximum(rounded, self.floor)
         return np.where((rounded >= channels) | (kept >= channels), channels, rounded)
 
+    def options(self, channels: int) -> IntArray:
+        """Every allowed number of channels to remove from a unit, ascending from 0."""
+        kept = np.arange(self.floor, channels, self.round_to, dtype=np.int64)
+        return np.concatenate([[0], channels - kept[::-1]])
 
-def rank(
-    groups: ChannelGroups, scores: Sequence[FloatArray], ratio: float, share: ShareRemoved, widths: Widths
-) -> dict[str, IntArray]:
-    """Remove the lowest-scored channels of the whole network until `ratio` of the budget is gone.
 
-    Tied groups lose their i-th lowest channels together, with the sum of both scores. Widths are settled for
-    every candidate cut of the ranking, so the share that is reached is the share asked for as nearly as
-    allowed widths permit, not what rounding happens to leave of it.
+@dataclass(frozen=True, eq=False)
+class Demand:
+    """What an allocation is asked for.
 
-    Args:
-        scores: one `(channels,)` array per group.
+    Attributes:
+        groups: G groups in U units.
+        scores: one `(channels,)` array per group; the lowest go first within it.
         ratio: share of the budget to remove, in [0, 1).
-
-    Returns:
-        Group name to sorted channel indices.
+        share: the budget: share that removing `(n, G)` counts saves; must not fall when a count rises.
+        widths: allowed widths.
 
     Raises:
         ValueError: ratio outside [0, 1).
     """
-    if not 0.0 <= ratio < 1.0:
-        raise ValueError(f"ratio must be in [0, 1), got {ratio}")
-    if ratio == 0.0:
-        return {}
-    order = [np.argsort(s, kind="stable") for s in scores]
-    units = groups.units
-    channels = np.array([groups.channels[unit[0]] for unit in units])
-    unit_scores = [
-        sum((scores[i][order[i]] for i in unit), np.zeros(channels[u])) for u, unit in enumerate(units)
+
+    groups: ChannelGroups
+    scores: Sequence[FloatArray]
+    ratio: float
+    share: ShareRemoved
+    widths: Widths
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio < 1.0:
+            raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
+
+    def unit_scores(self) -> list[FloatArray]:
+        """Per unit what its i-th removal costs: tied groups lose their i-th lowest channels together."""
+        result = []
+        for unit in self.groups.units:
+            result.append(np.sum([np.sort(self.scores[i]) for i in unit], axis=0))
+        return result
+
+    def pick(self, counts: IntArray) -> dict[str, IntArray]:
+        """Group name to sorted indices of its lowest-scored channels, for `(U,)` counts; none, no entry."""
+        removed = {}
+        for u, unit in enumerate(self.groups.units):
+            for i in unit:
+                if counts[u] > 0:
+                    order = np.argsort(self.scores[i], kind="stable")
+                    removed[self.groups.groups[i].name] = np.sort(order[: counts[u]])
+        return removed
+
+
+def rank(demand: Demand) -> IntArray:
+    """The channels with the lowest scores in the whole network, whichever group they are in; `(U,)` counts.
+
+    The paper's rule. Widths are settled for every candidate cut of the ranking, so the share that is reached
+    is the share asked for as nearly as allowed widths permit, not what rounding happens to leave of it.
+    """
+    scores = demand.unit_scores()
+    owner = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+    return cut(demand, owner[np.argsort(np.concatenate(scores), kind="stable")])
+
+
+def uniform(demand: Demand) -> IntArray:
+    """The same share of every group, as nearly as widths permit; `(U,)` counts."""
+    channels = demand.groups.unit_channels
+    owner = np.repeat(np.arange(len(channels)), channels)
+    depth = np.concatenate([(np.arange(c) + 0.5) / c for c in channels])
+    return cut(demand, owner[np.argsort(depth, kind="stable")])
+
+
+def complexity(demand: Demand, shares: FloatArray, seed: int) -> IntArray:
+    """Channels drawn one by one, each from a unit chosen with probability proportional to its share of the
+    network's complexity; `(U,)` counts.
+
+    Source: Zawish et al., complexity-driven pruning, whose PA, FA and MA are shares of parameters, MACs and
+    memory. Their filters are random too: give random scores for that.
+
+    Args:
+        shares: `(U,)`, not negative; what each unit's own layers cost.
+        seed: of the draw; a larger ratio continues the draw of a smaller one.
+    """
+    channels = demand.groups.unit_channels
+    probability = np.maximum(shares, 0.0)
+    probability = probability / probability.sum()
+    # The order of draws without replacement, by exponential races: each unit's next channel arrives after an
+    # exponential time at the unit's rate, which has the same distribution as drawing one after the other.
+    rng = np.random.default_rng(seed)
+    arrivals = [
+        np.cumsum(rng.exponential(1.0, c)) / max(float(p), 1e-12)
+        for c, p in zip(channels, probability, strict=True)
     ]
-    owner = np.repeat(np.arange(len(units)), channels)
-    ranking = owner[np.argsort(np.concatenate(unit_scores), kind="stable")]
+    owner = np.repeat(np.arange(len(channels)), channels)
+    return cut(demand, owner[np.argsort(np.concatenate(arrivals), kind="stable")])
 
-    def removed_by_group(cut: int) -> IntArray:
-        taken = np.bincount(ranking[:cut], minlength=len(units))
-        removed = channels - widths.settle(channels - taken, channels)
-        counts = np.zeros(len(groups.groups), dtype=np.int64)
-        for u, unit in enumerate(units):
-            counts[list(unit)] = removed[u]
-        return counts
 
-    low, high = 0, len(ranking)
+def cut(demand: Demand, order: IntArray) -> IntArray:
+    """Follow an order of removals, unit by unit, until the share is reached; `(U,)` settled counts."""
+    groups, widths = demand.groups, demand.widths
+    channels = groups.unit_channels
+
+    def counts_at(cut: int) -> IntArray:
+        taken = np.bincount(order[:cut], minlength=len(channels))
+        return channels - widths.settle(channels - taken, channels)
+
+    def share(counts: IntArray) -> float:
+        return float(demand.share(groups.spread(counts)[None])[0])
+
+    if demand.ratio == 0.0:
+        return np.zeros(len(channels), dtype=np.int64)
+    low, high = 0, len(order)
     while low < high:  # the smallest cut that reaches the share; the share does not fall with the cut
         middle = (low + high) // 2
-        if share(removed_by_group(middle)) >= ratio:
+        if share(counts_at(middle)) >= demand.ratio:
             high = middle
         else:
             low = middle + 1
-    best = removed_by_group(low)
+    best = counts_at(low)
     if low > 0:
-        before = removed_by_group(low - 1)
-        if ratio - share(before) < share(best) - ratio:
+        before = counts_at(low - 1)
+        if demand.ratio - share(before) < share(best) - demand.ratio:
             best = before
-    return {group.name: np.sort(order[i][: best[i]]) for i, group in enumerate(groups.groups) if best[i] > 0}
+    return best

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,14 +24,19 @@ from profiles.artifact import Artifact, export_artifact
 from profiles.cache import Cache
 from profiles.device import Device
 from profiles.latency_profile import LatencyProfile, build_profile
+from profiles.lock import host_lock
 from profiles.variants import Variant
 
-from .allocation import Widths, rank
+from .allocation import Demand, Widths, rank
+from .budget import channels_removed
+from .costs import WidthCost
 from .criteria import compute_scores, scores_data_key
 from .groups import ChannelGroups, find_groups
 from .plan import PruningPlan
 from .prune import prune
+from .rerank import group_scores
 from .scores import ChannelScores
+from .sensitivity import LossCurves, measure_curves
 from .studyfile import Choices, ModelSection, StudyFile, StudyFileError
 from .trial import Bench
 from .workspace import Workspace, write_json
@@ -122,6 +128,58 @@ class Shop:
         scores.save(path)
         return scores
 
+    @property
+    def curve_criteria(self) -> tuple[str, ...]:
+        """Every criterion whose loss curves a trial of this study may ask for."""
+        allocation = self.study.search.allocation
+        words = allocation.choices if isinstance(allocation, Choices) else (allocation,)
+        return self.criteria if "sensitivity" in words else ()
+
+    def curves(self, criterion: str, profile: LatencyProfile, *, refresh: bool = False) -> LossCurves:
+        """Cached loss curves, measured where they are missing.
+
+        Args:
+            profile: of any device; only the layers' shapes are read.
+        """
+        section = self.study.calibration
+        settings = {"images": section.images, "batch": section.batch, "loss": "task"}
+        key = {
+            "criterion": criterion,
+            "model_key": self.task.model_key,
+            "data_key": scores_data_key(self.task, **settings),  # type: ignore[arg-type]  # mixed value types
+            "order": self.scores(criterion).data_key,
+            "groups": [group.name for group in self.groups.groups],
+            "min_channels": self.study.search.min_channels,
+        }
+        cache = Cache(self.workspace.cache)
+        if not refresh:
+            cached = cache.get("curves", key, LossCurves.from_json)
+            if cached is not None:
+                self.notice(f"loss curves: {criterion} found in the cache")
+                return cached
+        start = time.monotonic()
+
+        def on_step(done: int, steps: int) -> None:
+            if done % 50 == 0 or done == steps:
+                left_s = (time.monotonic() - start) / done * (steps - done)
+                self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
+
+        self.notice(f"loss curves: measuring every group on {section.images} images")
+        with host_lock("scores"):
+            curves = measure_curves(
+                self.task,
+                self.groups,
+                group_scores(self.scores(criterion).layers, self.groups),
+                WidthCost.of("macs", self.groups, profile),
+                criterion=criterion,
+                images=section.images,
+                batch=section.batch,
+                min_channels=self.study.search.min_channels,
+                on_step=on_step,
+            )
+        cache.put("curves", key, curves.to_json())
+        return curves
+
     def baseline(self, device: Device) -> Artifact:
         """The unpruned model exported for a device; exported once, so that every trial is measured against
         one file.
@@ -191,28 +249,24 @@ class Shop:
         rng = np.random.default_rng(variant.seed)
         # One share per group, so that the variants differ in shape and not only in size.
         scores = [rng.random(g.channels) + rng.normal(0.0, variant.spread) for g in self.groups.groups]
-        total, weights = self.groups.prunable_channels, self.groups.weights
-        removed = rank(
-            self.groups,
-            scores,
-            variant.ratio,
-            lambda counts: float(counts @ weights) / total,
-            Widths(variant.round_to, self.study.search.min_channels),
-        )
-        plan = PruningPlan.of(self.task.model_key, self.groups, removed)
+        widths = Widths(variant.round_to, self.study.search.min_channels)
+        demand = Demand(self.groups, scores, variant.ratio, channels_removed(self.groups), widths)
+        plan = PruningPlan.of(self.task.model_key, self.groups, demand.pick(rank(demand)))
         model = prune(self.task.load_model(), plan, self.task.settle)
         name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}-{variant.spread:g}"
         return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
 
     def bench(self, device: Device) -> Bench:
         """Everything the trials of a device share."""
+        profile = self.profile(device)
         return Bench(
             task=self.task,
             device=device,
             fingerprint=device.fingerprint,
             groups=self.groups,
             scores={criterion: self.scores(criterion) for criterion in self.criteria},
-            profile=self.profile(device),
+            profile=profile,
+            curves={criterion: self.curves(criterion, profile) for criterion in self.curve_criteria},
             baseline=self.baseline(device),
             recovery=self.recovery,
             min_channels=self.study.search.min_channels,

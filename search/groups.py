@@ -103,6 +103,31 @@ class ChannelGroups:
         taken = {i for unit in tied for i in unit}
         return tuple(sorted([*tied, *((i,) for i in range(len(self.groups)) if i not in taken)]))
 
+    @cached_property
+    def unit_channels(self) -> IntArray:
+        """`(units,)` channels of each unit's groups."""
+        return np.array([self.groups[unit[0]].channels for unit in self.units], dtype=np.int64)
+
+    @cached_property
+    def _unit_of(self) -> IntArray:
+        """`(groups,)` the unit that each group belongs to."""
+        result = np.zeros(len(self.groups), dtype=np.int64)
+        for u, unit in enumerate(self.units):
+            result[list(unit)] = u
+        return result
+
+    def spread(self, counts: IntArray) -> IntArray:
+        """Counts per unit, `(..., units)`, as counts per group, `(..., groups)`."""
+        result: IntArray = counts[..., self._unit_of]
+        return result
+
+    def gather(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Values per group, `(groups,)`, added up per unit, `(units,)`."""
+        result: NDArray[np.float64] = np.bincount(
+            self._unit_of, weights=values, minlength=len(self.units)
+        ).astype(np.float64)
+        return result
+
     def incidence(self, layers: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How widths depend on groups: `(in, out)`, each `(layers, groups)`.
 

@@ -9,7 +9,7 @@ section 6.3 that says the opposite.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,11 +53,34 @@ def hardware_scores(
     Raises:
         ValueError: beta outside [0, 1].
     """
-    if not 0.0 <= beta <= 1.0:
-        raise ValueError(f"beta must be in [0, 1], got {beta}")
+    _check_beta(beta)
     if beta == 0.0:
         return dict(scores)
     return {layer: values / delta_norm.get(layer, 1.0) ** beta for layer, values in scores.items()}
+
+
+def weighed_by_group(scores: Sequence[FloatArray], saved: FloatArray, beta: float) -> list[FloatArray]:
+    """Equation (7) for group scores, with what a channel of the group saves in the place of its layer's
+    latency: `S / (saved / max saved) ** beta`.
+
+    Args:
+        scores: one `(channels,)` array per group.
+        saved: `(groups,)`, what removing one channel saves, of any quantity; see `costs.WidthCost.marginal`.
+        beta: in [0, 1]; 0 returns the scores themselves, exactly.
+
+    Raises:
+        ValueError: beta outside [0, 1], or no group saves anything.
+    """
+    _check_beta(beta)
+    if beta == 0.0:
+        return list(scores)
+    norm = normalise({str(i): float(value) for i, value in enumerate(saved)})
+    return [values / norm[str(i)] ** beta for i, values in enumerate(scores)]
+
+
+def _check_beta(beta: float) -> None:
+    if not 0.0 <= beta <= 1.0:
+        raise ValueError(f"beta must be in [0, 1], got {beta}")
 
 
 def group_scores(scores: Mapping[str, FloatArray], groups: ChannelGroups) -> list[FloatArray]:

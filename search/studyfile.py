@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from profiles.device import Device
 
 from .allocation import ALLOCATIONS
+from .costs import COSTS
 from .criteria import CRITERIA
 
 T = TypeVar("T")
@@ -88,7 +89,7 @@ class SearchSection(_Section):
 
     beta: Range | Choices[float] | float = Range(low=0.0, high=1.0)
     ratio: Range | Choices[float] | float = Range(low=0.1, high=0.7)
-    ratio_of: Literal["channels", "latency", "macs", "params"] = "channels"
+    ratio_of: Literal["channels", "latency", "macs", "params", "memory"] = "channels"
     criterion: Choices[str] | Word = "taylor"
     cost: Choices[str] | Word = "layer"
     allocation: Choices[str] | Word = "rank"
@@ -118,9 +119,6 @@ class SearchSection(_Section):
             if word not in allowed:
                 raise ValueError(f"must be one of {', '.join(allowed)}, got {word!r}")
         return value
-
-
-COSTS = ("layer", "marginal", "macs", "params", "memory")
 
 
 class CalibrationSection(_Section):

@@ -8,9 +8,9 @@ or profiles a layer; both come from caches.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,14 +27,17 @@ from profiles.lock import host_lock
 from profiles.measure import compare
 from profiles.timing import Comparison
 
-from .allocation import Widths, rank
-from .budget import share_removed
+from .allocation import Demand, Widths, complexity, rank, uniform
+from .budget import channels_removed, cost_removed
+from .costs import WidthCost, quantity_of, unit_shares
 from .groups import ChannelGroups
+from .knapsack import knapsack
 from .plan import PruningPlan
 from .prune import check_widths, prune
-from .rerank import group_scores, hardware_scores, normalise
+from .rerank import group_scores, hardware_scores, normalise, weighed_by_group
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
+from .sensitivity import LossCurves, sensitivity
 from .workspace import write_json
 
 if TYPE_CHECKING:
@@ -60,6 +63,7 @@ class Bench:
 
     Attributes:
         scores: criterion name to cached scores.
+        curves: criterion name to cached loss curves; only those that the study's allocations need.
         profile: the device's cached latency profile.
         baseline: the unpruned model's artifact, measured in turns with every candidate.
         baseline_ms, baseline_p90_ms: its latency as trial 0 measured it; None before that.
@@ -79,6 +83,14 @@ class Bench:
     latency_limit_s: float
     baseline_ms: float | None = None
     baseline_p90_ms: float | None = None
+    curves: Mapping[str, LossCurves] = field(default_factory=dict)
+    _costs: dict[str, WidthCost] = field(default_factory=dict, init=False, repr=False)
+
+    def cost(self, quantity: str) -> WidthCost:
+        """A quantity as a function of widths, made once; see `costs.WidthCost`."""
+        if quantity not in self._costs:
+            self._costs[quantity] = WidthCost.of(quantity, self.groups, self.profile)
+        return self._costs[quantity]
 
 
 def run_trial(
@@ -121,15 +133,38 @@ def run_trial(
 def rerank(params: TrialParams, bench: Bench) -> list[NDArray[np.float64]]:
     """Step 1: the device's latency weighs the cached scores, equation (7), summed over groups."""
     scores = bench.scores[params.criterion].layers
-    weighed = hardware_scores(scores, normalise(bench.profile.delta_ms), params.beta)
-    return group_scores(weighed, bench.groups)
+    if params.allocation == "sensitivity":
+        return group_scores(scores, bench.groups)  # there beta weighs the measured loss instead
+    if params.cost == "layer":
+        weighed = hardware_scores(scores, normalise(bench.profile.delta_ms), params.beta)
+        return group_scores(weighed, bench.groups)
+    unpruned = np.zeros(len(bench.groups.groups))
+    saved = bench.cost(quantity_of(params.cost)).marginal(unpruned)
+    return weighed_by_group(group_scores(scores, bench.groups), saved, params.beta)
 
 
 def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench) -> PruningPlan:
     """Step 2: which channels go."""
-    share = share_removed(params.ratio_of, bench.groups, bench.profile)
-    removed = rank(bench.groups, scores, params.ratio, share, Widths(params.round_to, bench.min_channels))
-    return PruningPlan.of(bench.task.model_key, bench.groups, removed)
+    groups = bench.groups
+    of_channels = params.ratio_of == "channels"
+    share = channels_removed(groups) if of_channels else cost_removed(bench.cost(params.ratio_of))
+    demand = Demand(groups, scores, params.ratio, share, Widths(params.round_to, bench.min_channels))
+    counts = allocate(params, demand, bench)
+    return PruningPlan.of(bench.task.model_key, groups, demand.pick(counts))
+
+
+def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.int64]:
+    """How many channels each unit loses, `(units,)`, by the rule that `params.allocation` names."""
+    if params.allocation == "uniform":
+        return uniform(demand)
+    if params.allocation == "knapsack":
+        return knapsack(demand)
+    cost = bench.cost(quantity_of(params.cost))
+    if params.allocation == "complexity":
+        return complexity(demand, unit_shares(cost, demand.groups), bench.recovery.seed)
+    if params.allocation == "sensitivity":
+        return sensitivity(demand, bench.curves[params.criterion], cost, params.beta)
+    return rank(demand)
 
 
 def predict_ms(plan: PruningPlan, profile: LatencyProfile) -> float:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from search.allocation import ShareRemoved, Widths, rank
+from search import allocation
+from search.allocation import Demand, Widths, complexity, uniform
+from search.budget import ShareRemoved, channels_removed
 from search.groups import ChannelGroup, ChannelGroups, Member
 from search.plan import PruningPlan
 
@@ -26,8 +28,18 @@ def make_groups(channels: tuple[int, ...] = CHANNELS, tied: tuple[int, ...] = TI
     return ChannelGroups(tuple(groups), (tuple(f"layer{i}" for i in tied),) if tied else (), widths)
 
 
-def share_of_channels(groups: ChannelGroups) -> ShareRemoved:
-    return lambda removed: float(removed @ groups.weights) / groups.prunable_channels
+share_of_channels = channels_removed
+
+
+def reached_by(share: ShareRemoved, gone: np.ndarray) -> float:
+    return float(share(gone[None])[0])
+
+
+def rank(
+    groups: ChannelGroups, scores: list[np.ndarray], ratio: float, share: ShareRemoved, widths: Widths
+) -> dict[str, np.ndarray]:
+    demand = Demand(groups, scores, ratio, share, widths)
+    return demand.pick(allocation.rank(demand))
 
 
 def random_scores(groups: ChannelGroups, seed: int) -> list[np.ndarray]:
@@ -58,7 +70,7 @@ def test_a_choice_keeps_every_rule(round_to: int, seed: int, ratio: float) -> No
     PruningPlan.of("key", groups, removed)  # the plan's own rules
     # One step of rounding in one place is the finest there is: a tied pair or the stream of three.
     step = max(1, round_to) * max(2, int(groups.weights.max()), len(TIED)) / groups.prunable_channels
-    assert abs(share(gone) - ratio) <= step, f"{share(gone):.3f} of {ratio}"
+    assert abs(reached_by(share, gone) - ratio) <= step, f"{reached_by(share, gone):.3f} of {ratio}"
 
 
 @pytest.mark.parametrize("round_to", [1, 8])
@@ -71,9 +83,9 @@ def test_the_share_reached_is_the_nearest_that_the_ranking_offers(round_to: int)
     reachable = []
     for cut in range(len(owner) + 1):
         kept = widths.settle(groups.channels - np.bincount(owner[:cut], minlength=3), groups.channels)
-        reachable.append(share(groups.channels - kept))
+        reachable.append(reached_by(share, groups.channels - kept))
     for ratio in np.linspace(0.02, 0.8, 40):
-        reached = share(counts(groups, rank(groups, scores, float(ratio), share, widths)))
+        reached = reached_by(share, counts(groups, rank(groups, scores, float(ratio), share, widths)))
         assert abs(reached - ratio) == pytest.approx(min(abs(r - ratio) for r in reachable))
 
 
@@ -81,7 +93,7 @@ def test_without_rounding_the_lowest_scores_of_the_whole_network_go() -> None:
     groups = make_groups((20, 30), tied=())
     rng = np.random.default_rng(3)
     scores = [rng.random(20), 1.5 * rng.random(30)]
-    removed = rank(groups, scores, 0.4, lambda gone: float(gone.sum()) / 50, Widths(1, 1))
+    removed = rank(groups, scores, 0.4, lambda gone: gone.sum(axis=1) / 50, Widths(1, 1))
     threshold = np.sort(np.concatenate(scores))[20]
     for group, values in zip(groups.groups, scores, strict=True):
         assert removed.get(group.name, np.array([])).tolist() == np.flatnonzero(values < threshold).tolist()
@@ -107,8 +119,8 @@ def test_a_larger_ratio_never_gives_a_channel_back(round_to: int) -> None:
         removed = rank(groups, scores, float(ratio), share, Widths(round_to, 4))
         now = {name: set(indices.tolist()) for name, indices in removed.items()}
         assert all(channels <= now.get(name, set()) for name, channels in before.items())
-        assert share(counts(groups, removed)) >= reached
-        before, reached = now, share(counts(groups, removed))
+        assert reached_by(share, counts(groups, removed)) >= reached
+        before, reached = now, reached_by(share, counts(groups, removed))
     assert reached > 0.6
 
 
@@ -118,6 +130,34 @@ def test_ratio_zero_removes_nothing_and_too_much_stops_at_the_floor() -> None:
     assert rank(groups, scores, 0.0, share, Widths()) == {}
     gone = counts(groups, rank(groups, scores, 0.999, share, Widths(1, 16)))
     assert (groups.channels - gone == np.minimum(groups.channels, 16)).all()
+
+
+@pytest.mark.parametrize("round_to", [1, 8])
+def test_uniform_takes_the_same_share_of_every_group(round_to: int) -> None:
+    groups = make_groups()
+    demand = Demand(groups, random_scores(groups, 1), 0.5, share_of_channels(groups), Widths(round_to, 1))
+    gone = groups.spread(uniform(demand))
+    assert reached_by(demand.share, gone) == pytest.approx(0.5, abs=0.05)
+    # Half a step of rounding and the cut itself.
+    assert (np.abs(gone - 0.5 * groups.channels) <= round_to / 2 + 1).all()
+
+
+def test_complexity_draws_where_the_complexity_is() -> None:
+    groups = make_groups((200, 200, 200), tied=())
+    scores = [np.zeros(200)] * 3
+    demand = Demand(groups, scores, 0.2, share_of_channels(groups), Widths(1, 1))
+    draws = np.array([complexity(demand, np.array([6.0, 3.0, 1.0]), seed) for seed in range(200)])
+    # The stream of three layers counts three times as much of the budget, but is drawn by its own share.
+    np.testing.assert_allclose(draws.mean(axis=0) / draws.mean(axis=0).sum(), [0.6, 0.3, 0.1], atol=0.02)
+    assert len({tuple(draw) for draw in draws}) > 100
+    np.testing.assert_array_equal(draws[3], complexity(demand, np.array([6.0, 3.0, 1.0]), 3))
+
+
+def test_a_unit_without_complexity_is_drawn_last() -> None:
+    groups = make_groups((20, 20), tied=())
+    demand = Demand(groups, [np.zeros(20)] * 2, 0.5, share_of_channels(groups), Widths(1, 4))
+    gone = complexity(demand, np.array([1.0, 0.0]), 0)
+    assert gone[0] == 16
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

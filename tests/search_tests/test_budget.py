@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,12 +16,22 @@ from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.timing import Timing
-from search.budget import BUDGETS, share_removed
+from search.budget import BUDGETS, channels_removed, cost_removed
+from search.costs import QUANTITIES, WidthCost, unit_shares
 from search.groups import ChannelGroups, find_groups
 from search.plan import PruningPlan
 from search.prune import prune
 
 SHAPE = (1, 3, 16, 16)
+
+
+def share_removed(
+    ratio_of: str, groups: ChannelGroups, profile: LatencyProfile
+) -> Callable[[np.ndarray], float]:
+    """The share of one choice, `(groups,)`."""
+    channels = ratio_of == "channels"
+    share = channels_removed(groups) if channels else cost_removed(WidthCost.of(ratio_of, groups, profile))
+    return lambda gone: float(share(gone[None])[0])
 
 
 class Net(nn.Module):
@@ -144,8 +155,49 @@ def test_nothing_removed_is_nothing_saved_and_more_is_more(
         before = share(gone)
 
 
-def test_an_unknown_budget_is_refused(groups: ChannelGroups, profile: LatencyProfile) -> None:
+@pytest.mark.parametrize("quantity", QUANTITIES)
+def test_a_marginal_is_what_one_more_channel_saves(
+    groups: ChannelGroups, profile: LatencyProfile, quantity: str
+) -> None:
+    cost = WidthCost.of(quantity, groups, profile)
+    gone = np.array([2, 5, 3, 4])[: len(groups.groups)] if len(groups.groups) > 1 else np.array([2])
+    gone = np.resize(gone, len(groups.groups))
+    step = 1e-4
+    for g, saved in enumerate(cost.marginal(gone)):
+        more, fewer = gone.astype(float), gone.astype(float)
+        more[g] += step
+        fewer[g] -= step
+        difference = np.diff(cost.total(np.array([more, fewer])))[0]
+        assert saved == pytest.approx(difference / (2 * step), rel=1e-4)
+        assert saved > 0
+
+
+def test_memory_is_weights_and_outputs(
+    model: nn.Module, groups: ChannelGroups, profile: LatencyProfile
+) -> None:
+    cost = WidthCost.of("memory", groups, profile)
+    weights = sum(p.numel() for p in model.parameters())
+    outputs = sum(layer.out_channels * int(np.prod(layer.output_hw)) for layer in profile.layers)
+    assert cost.total(np.zeros((1, len(groups.groups))))[0] == 4 * (weights + outputs)
+    assert cost.by_layer().sum() == pytest.approx(4 * (weights + outputs))
+
+
+def test_a_units_share_is_that_of_the_layers_that_make_it(
+    groups: ChannelGroups, profile: LatencyProfile
+) -> None:
+    cost = WidthCost.of("latency", groups, profile)
+    shares = unit_shares(cost, groups)
+    assert shares.sum() == pytest.approx(1)
+    named = {groups.groups[unit[0]].name: share for unit, share in zip(groups.units, shares, strict=True)}
+    # b and c add up into one stream; a and its depthwise layer are one group; fc makes no group.
+    ms = {layer.layer: layer.timing.mean_ms for layer in profile.layers}
+    stream = next(name for name, g in groups.by_name.items() if {"b", "c"} <= {m.layer for m in g.weighted})
+    first = next(name for name, g in groups.by_name.items() if "a" in {m.layer for m in g.weighted})
+    assert named[stream] / named[first] == pytest.approx((ms["b"] + ms["c"]) / (ms["a"] + ms["dw"]))
+
+
+def test_an_unknown_quantity_is_refused(groups: ChannelGroups, profile: LatencyProfile) -> None:
     with pytest.raises(
-        ValueError, match="ratio_of must be one of channels, latency, macs, params, got 'watts'"
+        ValueError, match="quantity must be one of latency, macs, params, memory, got 'watts'"
     ):
-        share_removed("watts", groups, profile)
+        WidthCost.of("watts", groups, profile)

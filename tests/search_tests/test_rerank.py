@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from search.groups import ChannelGroup, ChannelGroups, Member
-from search.rerank import group_scores, hardware_scores, normalise
+from search.rerank import group_scores, hardware_scores, normalise, weighed_by_group
 
 SEEDS = range(20)
 
@@ -160,3 +160,28 @@ def test_independent_layers_rank_as_their_channels_do() -> None:
         weighed = hardware_scores(scores, normalise(delta), beta)
         for found, layer in zip(group_scores(weighed, groups), scores, strict=True):
             assert found.tobytes() == weighed[layer].tobytes()
+
+
+# ---- equation (7) with what a channel of the group saves ------------------------------------------------
+
+
+def test_beta_zero_returns_group_scores_unchanged_whatever_they_save() -> None:
+    scores = [np.array([1.0, 2.0]), np.array([3.0])]
+    same = weighed_by_group(scores, np.array([1e-9, 5.0]), 0.0)
+    assert all(a is b for a, b in zip(same, scores, strict=True))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_of_equal_groups_the_one_that_saves_more_goes_first(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    saved = 10 ** rng.uniform(-4, 1, 6)
+    weighed = weighed_by_group([np.ones(3)] * 6, saved, float(rng.uniform(0.05, 1)))
+    assert (np.argsort([w[0] for w in weighed]) == np.argsort(-saved)).all()
+    assert weighed[int(np.argmax(saved))] == pytest.approx(np.ones(3))
+
+
+def test_a_group_that_saves_nothing_keeps_a_finite_score() -> None:
+    weighed = weighed_by_group([np.ones(1), np.ones(1)], np.array([0.0, 2.0]), 1.0)
+    assert np.isfinite(weighed[0]).all()
+    with pytest.raises(ValueError, match="beta must be in"):
+        weighed_by_group([np.ones(1)], np.array([1.0]), 1.5)

@@ -240,7 +240,7 @@ def test_files_that_hold_no_study(load: Any, text: str, says: str) -> None:
         (
             {"search": {"ratio_of": "watts"}},
             "search.ratio_of",
-            "'channels', 'latency', 'macs' or 'params', got 'watts'",
+            "'channels', 'latency', 'macs', 'params' or 'memory', got 'watts'",
         ),
         ({"trials": 0}, "trials", "got 0"),
         ({"name": "a/b"}, "name", "must be letters, digits, '.', '_' and '-' (it names a folder), got 'a/b'"),

@@ -1,0 +1,269 @@
+"""Loss curves: what a network's loss really becomes when a group loses more and more of its channels.
+
+A channel's score says little of many channels at once: removing nine tenths of a layer costs far more than
+the sum of its channels, and how much more differs between layers by orders of magnitude. So the loss is
+measured, group by group and level by level, on networks that are really pruned. Since groups also matter to
+each other, the curves are measured again along the way: around the network that the curves so far would make
+of it at a few depths. Computed once and cached, like the scores; knows no device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from objectives.task import Task
+
+from .allocation import Demand, Widths, cut
+from .budget import cost_removed
+from .costs import WidthCost
+from .groups import ChannelGroups
+from .plan import PruningPlan
+from .prune import prune
+
+if TYPE_CHECKING:
+    from torch import nn
+
+FloatArray = NDArray[np.float64]
+IntArray = NDArray[np.int64]
+
+FORMAT_VERSION = 1
+#: Shares of the channels that a unit still has at which its loss is measured.
+LEVELS = (0.25, 0.5, 0.75, 0.9375)
+#: Shares of the MACs removed at which the curves are measured again.
+DEPTHS = (0.0, 0.35, 0.6)
+#: Weight of the first-order scores beside the measured curve: they decide where the curve is flat or noisy.
+_FIRST_ORDER = 0.05
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Curves measured around one network.
+
+    Attributes:
+        context: `(units,)` channels that every unit has lost already.
+        loss: mean loss per image of that network.
+        counts, losses: per unit the channels it has lost instead, above its context, ascending, and the mean
+            loss per image then, the other units as in the context.
+    """
+
+    context: tuple[int, ...]
+    loss: float
+    counts: tuple[tuple[int, ...], ...]
+    losses: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class LossCurves:
+    """The loss curves of one model, in the order in which one criterion removes channels.
+
+    Attributes:
+        criterion: decides which channels of a group go first.
+        units: names of the units' first groups.
+        stages: from the unpruned network on, deeper each time.
+
+    Raises:
+        ValueError: a stage is of another number of units, or a loss is not finite.
+    """
+
+    criterion: str
+    units: tuple[str, ...]
+    stages: tuple[Stage, ...]
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for stage in self.stages:
+            lengths = {len(stage.context), len(stage.counts), len(stage.losses)}
+            if lengths != {len(self.units)}:
+                raise ValueError(f"every stage must have {len(self.units)} units, got {sorted(lengths)}")
+            values = [stage.loss, *(v for losses in stage.losses for v in losses)]
+            if not np.isfinite(values).all():
+                bad = [value for value in values if not np.isfinite(value)]
+                raise ValueError(f"losses must be finite, got {bad[:3]}")
+
+    def prices(self, unit_scores: Sequence[FloatArray]) -> list[FloatArray]:
+        """Per unit what its i-th removal raises the loss by, `(channels,)`, never falling.
+
+        Args:
+            unit_scores: first-order estimates of the same, see `Demand.unit_scores`.
+        """
+        result = []
+        for u, scores in enumerate(unit_scores):
+            counts, rises = self._rise(u)
+            curve = np.interp(np.arange(counts[-1] + 1), counts, rises)
+            # Beyond what was measured the curve goes on as it ended.
+            steps = np.diff(_hull(curve)) if len(curve) > 1 else np.zeros(1)
+            steps = np.pad(steps, (0, max(len(scores) - len(steps), 0)), mode="edge")[: len(scores)]
+            result.append(np.maximum.accumulate(steps + _FIRST_ORDER * scores))
+        return result
+
+    def _rise(self, unit: int) -> tuple[list[int], list[float]]:
+        """Points of a unit's curve: each stage's part from where its context stands to the next one's."""
+        counts, rises = [0], [0.0]
+        for stage in self.stages:
+            start = stage.context[unit]
+            height = float(np.interp(start, counts, rises))
+            kept = [i for i, count in enumerate(counts) if count < start]
+            counts, rises = [*(counts[i] for i in kept), start], [*(rises[i] for i in kept), height]
+            for count, loss in zip(stage.counts[unit], stage.losses[unit], strict=True):
+                counts.append(count)
+                rises.append(max(rises[-1], height + loss - stage.loss))
+        return counts, rises
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> LossCurves:
+        """Raises ValueError for another format version."""
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}")
+        stages = tuple(
+            Stage(
+                tuple(stage["context"]),
+                stage["loss"],
+                tuple(tuple(counts) for counts in stage["counts"]),
+                tuple(tuple(losses) for losses in stage["losses"]),
+            )
+            for stage in data["stages"]
+        )
+        return cls(data["criterion"], tuple(data["units"]), stages)
+
+
+def _hull(curve: FloatArray) -> FloatArray:
+    """The largest convex function below a curve sampled at 0, 1, ..., n."""
+    corners = [0]
+    for i in range(1, len(curve)):
+        while len(corners) > 1:
+            a, b = corners[-2], corners[-1]
+            if (curve[b] - curve[a]) * (i - a) < (curve[i] - curve[a]) * (b - a):
+                break
+            corners.pop()
+        corners.append(i)
+    return np.interp(np.arange(len(curve)), corners, curve[corners])
+
+
+def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float) -> IntArray:
+    """Channels in ascending order of measured loss over `cost ** beta`; `(U,)` counts.
+
+    Equation (7) with the measured rise of the loss in the place of the first-order score and, in the place of
+    a layer's latency per channel, what a channel of the unit saves: at beta 0 cost does not matter, at 1 it
+    is loss per cost, the best order for a budget of that cost. Savings shrink as neighbours do, so they are
+    taken again around what was found.
+    """
+    groups = demand.groups
+    prices = curves.prices(demand.unit_scores())
+    owner = np.repeat(np.arange(len(prices)), [len(p) for p in prices])
+    flat = np.concatenate(prices)
+    counts = np.zeros(len(prices), dtype=np.int64)
+    for _ in range(3 if beta > 0 else 1):
+        saved = groups.gather(cost.marginal(groups.spread(counts)))
+        saved = np.maximum(saved, saved.max() * 1e-6)
+        weight = (saved / saved.max()) ** beta
+        counts = cut(demand, owner[np.argsort(flat / weight[owner], kind="stable")])
+    return counts
+
+
+def measure_curves(
+    task: Task,
+    groups: ChannelGroups,
+    scores: Sequence[FloatArray],
+    macs: WidthCost,
+    *,
+    criterion: str,
+    images: int,
+    batch: int,
+    min_channels: int,
+    on_step: Callable[[int, int], None] = lambda done, steps: None,
+) -> LossCurves:
+    """Measure the curves of a model.
+
+    The loss is taken with batch norm's statistics of the batch itself, which is what re-estimating them comes
+    to, in one pass: a pruned network with the unpruned one's statistics says more of the statistics than of
+    the channels.
+
+    Args:
+        scores: one `(channels,)` array per group; the lowest go first.
+        macs: the MACs as a function of widths, by which the depths are chosen.
+        images, batch: calibration sample.
+        min_channels: kept by every unit at least.
+        on_step: called with the losses measured so far and their number.
+
+    Raises:
+        ValueError: the loss is not finite.
+    """
+    batches = list(task.calibration(images, batch))
+    channels = groups.unit_channels
+    widths = Widths(1, min_channels)
+    names = tuple(groups.groups[unit[0]].name for unit in groups.units)
+
+    def demand(ratio: float) -> Demand:
+        return Demand(groups, scores, ratio, cost_removed(macs), widths)
+
+    def loss_of(counts: IntArray) -> float:
+        plan = PruningPlan.of(task.model_key, groups, demand(0.0).pick(counts))
+        return mean_loss(task, prune(task.load_model(), plan, task.settle), batches)
+
+    levels = [_levels(np.zeros_like(channels), channels, min_channels)]
+    steps = len(DEPTHS) * (1 + sum(len(found) for found in levels[0]))
+    done = 0
+    stages: list[Stage] = []
+    for depth in DEPTHS:
+        context = np.zeros(len(channels), dtype=np.int64)
+        if stages:
+            context = sensitivity(demand(depth), LossCurves(criterion, names, tuple(stages)), macs, 1.0)
+        base = loss_of(context)
+        counts = _levels(context, channels, min_channels)
+        losses: list[tuple[float, ...]] = []
+        for u, tried in enumerate(counts):
+            row = []
+            for count in tried:
+                changed = context.copy()
+                changed[u] = count
+                row.append(loss_of(changed))
+                done += 1
+                on_step(min(done, steps), steps)
+            losses.append(tuple(row))
+        stages.append(Stage(tuple(int(c) for c in context), base, counts, tuple(losses)))
+    return LossCurves(criterion, names, tuple(stages))
+
+
+def _levels(context: IntArray, channels: IntArray, min_channels: int) -> tuple[tuple[int, ...], ...]:
+    """Per unit the removed counts to measure: shares of what it has left, never below `min_channels` kept."""
+    result = []
+    for gone, total in zip(context, channels, strict=True):
+        most = total - min(min_channels, total)
+        wanted = [min(round(float(gone + level * (total - gone))), int(most)) for level in LEVELS]
+        result.append(tuple(sorted({count for count in wanted if count > gone})))
+    return tuple(result)
+
+
+def mean_loss(task: Task, model: nn.Module, batches: Iterable[Any]) -> float:
+    """Mean loss per image, batch norm by the statistics of each batch, all else as in inference."""
+    import torch
+    from torch import nn
+    from torch.nn.modules.batchnorm import _BatchNorm
+
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.train()
+    images = 0
+
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        nonlocal images
+        images += len(inputs[0])
+
+    # Only the task knows what a batch looks like; the first layer sees how many images it holds.
+    first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
+    handle = first.register_forward_pre_hook(count)
+    try:
+        with torch.no_grad():
+            total = sum(float(task.loss(model, batch)) for batch in batches)
+    finally:
+        handle.remove()
+    return total / images

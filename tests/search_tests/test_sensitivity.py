@@ -1,0 +1,191 @@
+"""Loss curves: measured on really pruned networks, and what they say about which groups to spare."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from objectives.task import Traceable
+from search.allocation import Demand, Widths
+from search.budget import cost_removed
+from search.costs import WidthCost
+from search.groups import ChannelGroups, find_groups
+from search.sensitivity import LossCurves, Stage, mean_loss, measure_curves, sensitivity
+
+from .test_budget import make_profile
+
+IMAGES = torch.rand(12, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    """Two branches; the head hardly reads the second one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        self.needed = nn.Conv2d(16, 32, 3, 1, 1)
+        self.idle = nn.Conv2d(16, 32, 3, 1, 1)
+        self.head = nn.Linear(64, 5)
+        with torch.no_grad():
+            self.head.weight[:, 32:] *= 1e-3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        maps = torch.cat((torch.relu(self.needed(x)), torch.relu(self.idle(x))), 1)
+        out: Tensor = self.head(maps.mean((2, 3)))
+        return out
+
+
+def make_task() -> Any:
+    torch.manual_seed(0)
+    model = Net().eval()
+    with torch.no_grad():
+        wanted = model(IMAGES)
+
+    def loss(network: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (network(batch[0]) - batch[1]).square().sum() * 100
+
+    def calibration(images: int, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for start in range(0, images, batch):
+            part = slice(start, min(start + batch, images))
+            yield IMAGES[part], wanted[part]
+
+    return SimpleNamespace(
+        model_key="key",
+        load_model=lambda: copy.deepcopy(model),
+        calibration=calibration,
+        loss=loss,
+        settle=lambda network: None,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured() -> tuple[Any, ChannelGroups, WidthCost, list[np.ndarray], LossCurves, list[tuple[int, int]]]:
+    task = make_task()
+    model = task.load_model()
+    groups = find_groups(
+        Traceable(copy.deepcopy(model), torch.zeros(1, 3, 16, 16), fixed=frozenset({"head"})), model
+    )
+    macs = WidthCost.of("macs", groups, make_profile(model, {}))
+    rng = np.random.default_rng(0)
+    scores = [1e-6 * rng.random(g.channels) for g in groups.groups]
+    heard: list[tuple[int, int]] = []
+    curves = measure_curves(
+        task,
+        groups,
+        scores,
+        macs,
+        criterion="taylor",
+        images=12,
+        batch=4,
+        min_channels=4,
+        on_step=lambda done, steps: heard.append((done, steps)),
+    )
+    return task, groups, macs, scores, curves, heard
+
+
+def test_the_group_that_the_loss_needs_is_spared(measured: Any) -> None:
+    _, groups, macs, scores, curves, _ = measured
+    demand = Demand(groups, scores, 0.4, cost_removed(macs), Widths(1, 4))
+    gone = dict(zip(curves.units, sensitivity(demand, curves, macs, 1.0), strict=True))
+    assert gone["idle"] >= 26
+    assert gone["needed"] < gone["idle"] / 2
+
+
+def test_cost_matters_as_much_as_beta_says(measured: Any) -> None:
+    _, groups, macs, scores, curves, _ = measured
+    saved = []
+    prices = dict(zip(curves.units, curves.prices(scores), strict=True))
+    for beta in (0.0, 1.0):
+        demand = Demand(groups, scores, 0.5, lambda gone: gone.sum(axis=1) / 80, Widths(1, 4))
+        counts = sensitivity(demand, curves, macs, beta)
+        saved.append(float(cost_removed(macs)(groups.spread(counts)[None])[0]))
+        if beta == 0.0:  # nothing that stays is cheaper than what went, by the loss alone
+            lost = max(prices[u][c - 1] for u, c in zip(curves.units, counts, strict=True) if c)
+            left = [
+                prices[u][c]
+                for u, c, n in zip(curves.units, counts, groups.unit_channels, strict=True)
+                if c < n - 4
+            ]
+            assert lost <= min(left) * (1 + 1e-6)
+    assert saved[1] >= saved[0]
+
+
+def test_the_first_stage_is_the_loss_of_networks_pruned_by_hand(measured: Any) -> None:
+    task, _, _, scores, curves, _ = measured
+    batches = list(task.calibration(12, 4))
+    assert curves.stages[0].context == (0, 0, 0)
+    assert curves.stages[0].loss == pytest.approx(mean_loss(task, task.load_model(), batches))
+    u = curves.units.index("idle")
+    model = task.load_model()
+    silenced = np.argsort(scores[u], kind="stable")[: curves.stages[0].counts[u][1]].copy()
+    with torch.no_grad():  # what reaches the head from these channels is nothing
+        model.head.weight[:, 32 + torch.from_numpy(silenced)] = 0
+    assert curves.stages[0].losses[u][1] == pytest.approx(mean_loss(task, model, batches), rel=1e-4)
+
+
+def test_later_stages_stand_on_deeper_networks(measured: Any) -> None:
+    _, groups, macs, _, curves, heard = measured
+    depths = [
+        float(cost_removed(macs)(groups.spread(np.array(stage.context))[None])[0]) for stage in curves.stages
+    ]
+    np.testing.assert_allclose(depths, [0.0, 0.35, 0.6], atol=0.1)
+    for stage in curves.stages:
+        for context, counts, total in zip(stage.context, stage.counts, groups.unit_channels, strict=True):
+            assert all(context < count <= total - 4 for count in counts)
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+    assert heard[-1][0] <= heard[-1][1]
+
+
+def test_batch_norm_counts_by_the_batch_and_images_are_counted() -> None:
+    task = make_task()
+    model = task.load_model()
+    batches = list(task.calibration(12, 5))  # 5, 5 and 2 images
+    before = mean_loss(task, model, batches)
+    with torch.no_grad():
+        model.stem[1].running_mean += 100.0
+    assert mean_loss(task, model, batches) == pytest.approx(before)
+    ones = SimpleNamespace(loss=lambda network, batch: network(batch[0]).sum() * 0 + len(batch[0]))
+    assert mean_loss(ones, model, batches) == pytest.approx(1.0)
+
+
+def curves_of(stages: tuple[Stage, ...]) -> LossCurves:
+    return LossCurves("taylor", ("a",), stages)
+
+
+def test_prices_follow_the_lower_hull_and_never_fall() -> None:
+    curves = curves_of((Stage((0,), 1.0, ((2, 4, 6),), ((3.0, 3.0, 9.0),)),))
+    prices = curves.prices([np.zeros(8)])[0]
+    np.testing.assert_allclose(prices[:6], [0.5, 0.5, 0.5, 0.5, 3.0, 3.0])
+    assert (np.diff(prices[:6]) >= 0).all()
+
+
+def test_a_later_stage_takes_over_where_it_stands() -> None:
+    first = Stage((0,), 0.0, ((2, 4, 6),), ((1.0, 2.0, 3.0),))
+    second = Stage((4,), 10.0, ((5, 6),), ((15.0, 20.0),))
+    prices = curves_of((first, second)).prices([np.zeros(6)])[0]
+    np.testing.assert_allclose(prices, [0.5, 0.5, 0.5, 0.5, 5.0, 5.0])
+
+
+def test_scores_decide_where_a_curve_is_flat() -> None:
+    flat = curves_of((Stage((0,), 1.0, ((4,),), ((1.0,),)),))
+    prices = flat.prices([np.array([1.0, 2.0, 3.0, 4.0])])[0]
+    assert (np.diff(prices) > 0).all()
+
+
+def test_json_both_ways_and_what_it_refuses() -> None:
+    curves = curves_of((Stage((0,), 1.0, ((2,),), ((3.0,),)),))
+    assert LossCurves.from_json(curves.to_json()) == curves
+    with pytest.raises(ValueError, match="format_version must be 1, got 7"):
+        LossCurves.from_json({**curves.to_json(), "format_version": 7})
+    with pytest.raises(ValueError, match="losses must be finite"):
+        curves_of((Stage((0,), 1.0, ((2,),), ((float("nan"),),)),))
+    with pytest.raises(ValueError, match="every stage must have 1 units"):
+        curves_of((Stage((0, 0), 1.0, ((2,),), ((1.0,),)),))
