@@ -4,10 +4,10 @@ Run: `uv run python benchmarks/latency_model.py [--check]`; a short look: `--pla
 
 For each runtime on this machine's CPU, YOLOv8n at 320 px and ResNet-56 at 32 px are profiled as a study does
 it. Then random plans, none of them used for fitting (ratios 0.1 to 0.8 of channels or of latency, any beta,
-four allocations, both costs, and channels drawn at random, evenly and unevenly over the network), are exported and
-measured in turns with the unpruned model; "measured" is that ratio, and so is what each model predicts. First
-with widths in the device's own multiple, then the same plans without rounding. The paper's linear rule and
-the bilinear one stand beside the fitted model.
+four allocations, both costs, and channels drawn at random, evenly and unevenly over the network), are
+exported and measured in turns with the unpruned model; "measured" is that ratio, and so is what each model
+predicts. First with widths in the device's own multiple, then the same plans without rounding. The paper's
+linear rule and the bilinear one stand beside the fitted model.
 
 Targets, for the fitted model at the device's multiple: at least 99% of the plans within 10% and 90% within 5%
 of measured; a profile of YOLOv8n with its model built in at most 90 s; a prediction within 1 ms.
