@@ -26,7 +26,7 @@ from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.variants import Variant
 
 from .allocation import Widths, rank
-from .criteria import compute_scores, scores_data_key
+from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .groups import ChannelGroups, find_groups
 from .plan import PruningPlan
 from .prune import prune
@@ -89,8 +89,13 @@ class Shop:
     def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
         """Cached scores, computed where they are missing."""
         section = self.study.calibration
-        settings = {"images": section.images, "batch": section.batch, "loss": section.loss}
-        data_key = scores_data_key(self.task, **settings)  # type: ignore[arg-type]  # mixed value types
+        settings: dict[str, Any] = {
+            "images": section.images,
+            "batch": section.batch,
+            "loss": section.loss,
+            "seed": self.study.seed,
+        }
+        data_key = scores_data_key(criterion, self.task, **settings)
         path = (
             self.workspace.cache
             / "scores"
@@ -112,11 +117,12 @@ class Shop:
             except ValueError as error:
                 self.notice(f"scores: cache refused ({error}); computing again")
         batches = -(-section.images // section.batch)
-        self.notice(f"scores: computing {criterion} on {section.images} images")
+        sample = f" on {section.images} images" if criterion in WITH_IMAGES else ""
+        self.notice(f"scores: computing {criterion}{sample}")
         scores = compute_scores(
             criterion,
             self.task,
-            **settings,  # type: ignore[arg-type]
+            **settings,
             on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
         )
         scores.save(path)
