@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,51 +41,83 @@ def wiring(model: nn.Module, example: Tensor) -> Wiring:
     Raises:
         ValueError: the model returns no tensor, or its output does not depend on any layer.
     """
-    # The caller may be inside `inference_mode`, where nothing has a graph.
-    with torch.inference_mode(False), torch.enable_grad():
-        twin = copy.deepcopy(model).eval().requires_grad_(True)
-        names: dict[nn.Module, str] = {
-            m: n for n, m in twin.named_modules() if isinstance(m, (*_Layer, _BatchNorm))
-        }
-        runs: Counter[str] = Counter()
-        made: dict[Any, str] = {}
-        read: dict[str, Any] = {}
-
-        def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            name = names[module]
-            runs[name] += 1
-            made[output.grad_fn] = name
-            read[name] = inputs[0].grad_fn if inputs else None
-
-        for module in names:
-            module.register_forward_hook(after)
-        output = twin(example.detach().clone())
-    if not isinstance(output, Tensor):
+    seen = _Pass.of(model, example)
+    if not isinstance(seen.output, Tensor):
         raise ValueError(
-            f"the model must return one tensor, got a {type(output).__name__}; wrap it in the builder"
+            f"the model must return one tensor, got a {type(seen.output).__name__}; wrap it in the builder"
         )
-    if output.grad_fn is None:
+    if seen.output.grad_fn is None:
         raise ValueError("the model's output must be differentiable, got a detached tensor")
-
-    readers: Counter[Any] = Counter()
-    for node in _nodes(output.grad_fn):
-        readers.update(following for following, _ in node.next_functions if following in made)
-    layers = {m: n for m, n in names.items() if isinstance(m, _Layer)}
     outputs = frozenset(
-        _nearest(output.grad_fn, {node: n for node, n in made.items() if n in layers.values()})
+        _nearest(seen.output.grad_fn, {node: n for node, n in seen.made.items() if n in seen.layers})
     )
     if not outputs:
         raise ValueError("the model's output depends on no convolution or linear layer")
-    pairs = {
-        made[node]: norm
-        for norm, node in read.items()
-        if isinstance(twin.get_submodule(norm), _BatchNorm)
-        and node in made
-        and isinstance(twin.get_submodule(made[node]), _Layer)
-        and readers[node] == 1
-        and runs[norm] == runs[made[node]] == 1
-    }
-    return Wiring(outputs, pairs)
+    return Wiring(outputs, seen.batchnorms())
+
+
+def batchnorms(model: nn.Module, example: Tensor) -> dict[str, str]:
+    """Layer to the batch norm that alone reads its output, whatever structure of tensors the model returns.
+
+    The model is run once and not changed. Layers that the output does not depend on are left out.
+    """
+    return _Pass.of(model, example).batchnorms()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One forward pass of a copy.
+
+    Attributes:
+        output: what the model returned.
+        layers: names of convolutions and linear layers.
+        runs: how often each layer and batch norm ran.
+        made: node of the graph to the layer or batch norm that made it.
+        read: layer or batch norm to the node that it read.
+    """
+
+    output: Any
+    layers: frozenset[str]
+    runs: Counter[str]
+    made: dict[Any, str]
+    read: dict[str, Any]
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Tensor) -> _Pass:
+        runs: Counter[str] = Counter()
+        made: dict[Any, str] = {}
+        read: dict[str, Any] = {}
+        # The caller may be inside `inference_mode`, where nothing has a graph.
+        with torch.inference_mode(False), torch.enable_grad():
+            twin = copy.deepcopy(model).eval().requires_grad_(True)
+            names: dict[nn.Module, str] = {
+                m: n for n, m in twin.named_modules() if isinstance(m, (*_Layer, _BatchNorm))
+            }
+
+            def after(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+                name = names[module]
+                runs[name] += 1
+                made[output.grad_fn] = name
+                read[name] = inputs[0].grad_fn if inputs else None
+
+            for module in names:
+                module.register_forward_hook(after)
+            output = twin(example.detach().clone())
+        layers = frozenset(n for m, n in names.items() if isinstance(m, _Layer))
+        return cls(output, layers, runs, made, read)
+
+    def batchnorms(self) -> dict[str, str]:
+        readers: Counter[Any] = Counter()
+        for node in _nodes([t.grad_fn for t in _tensors(self.output) if t.grad_fn is not None]):
+            readers.update(following for following, _ in node.next_functions if following in self.made)
+        return {
+            self.made[node]: norm
+            for norm, node in self.read.items()
+            if norm not in self.layers
+            and self.made.get(node) in self.layers
+            and readers[node] == 1
+            and self.runs[norm] == self.runs[self.made[node]] == 1
+        }
 
 
 def fuse_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
@@ -109,9 +141,22 @@ def fuse_batchnorm(model: nn.Module, example: Tensor) -> nn.Module:
     return fused
 
 
-def _nodes(root: Any) -> Iterator[Any]:
-    """Every node of the graph behind `root`, once."""
-    seen, waiting = {root}, [root]
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for item in output.values():
+            yield from _tensors(item)
+    elif isinstance(output, (list, tuple)):
+        for item in output:
+            yield from _tensors(item)
+
+
+def _nodes(roots: Iterable[Any]) -> Iterator[Any]:
+    """Every node of the graph behind `roots`, once."""
+    seen = set(roots)
+    waiting = list(seen)
     while waiting:
         node = waiting.pop()
         yield node

@@ -30,7 +30,7 @@ from profiles.variants import Variant
 from .allocation import Demand, Widths, rank
 from .budget import channels_removed
 from .costs import WidthCost
-from .criteria import compute_scores, scores_data_key
+from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .groups import ChannelGroups, find_groups
 from .plan import PruningPlan
 from .prune import prune
@@ -95,8 +95,13 @@ class Shop:
     def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
         """Cached scores, computed where they are missing."""
         section = self.study.calibration
-        settings = {"images": section.images, "batch": section.batch, "loss": section.loss}
-        data_key = scores_data_key(self.task, **settings)  # type: ignore[arg-type]  # mixed value types
+        settings: dict[str, Any] = {
+            "images": section.images,
+            "batch": section.batch,
+            "loss": section.loss,
+            "seed": self.study.seed,
+        }
+        data_key = scores_data_key(criterion, self.task, **settings)
         path = (
             self.workspace.cache
             / "scores"
@@ -118,11 +123,12 @@ class Shop:
             except ValueError as error:
                 self.notice(f"scores: cache refused ({error}); computing again")
         batches = -(-section.images // section.batch)
-        self.notice(f"scores: computing {criterion} on {section.images} images")
+        sample = f" on {section.images} images" if criterion in WITH_IMAGES else ""
+        self.notice(f"scores: computing {criterion}{sample}")
         scores = compute_scores(
             criterion,
             self.task,
-            **settings,  # type: ignore[arg-type]
+            **settings,
             on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
         )
         scores.save(path)
@@ -142,11 +148,11 @@ class Shop:
             profile: of any device; only the layers' shapes are read.
         """
         section = self.study.calibration
-        settings = {"images": section.images, "batch": section.batch, "loss": "task"}
+        images, batch = section.images, section.batch
         key = {
             "criterion": criterion,
             "model_key": self.task.model_key,
-            "data_key": scores_data_key(self.task, **settings),  # type: ignore[arg-type]  # mixed value types
+            "data_key": scores_data_key("taylor", self.task, images=images, batch=batch, loss="task"),
             "order": self.scores(criterion).data_key,
             "groups": [group.name for group in self.groups.groups],
             "min_channels": self.study.search.min_channels,
@@ -164,7 +170,7 @@ class Shop:
                 left_s = (time.monotonic() - start) / done * (steps - done)
                 self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
 
-        self.notice(f"loss curves: measuring every group on {section.images} images")
+        self.notice(f"loss curves: measuring every group on {images} images")
         with host_lock("scores"):
             curves = measure_curves(
                 self.task,
@@ -172,8 +178,8 @@ class Shop:
                 group_scores(self.scores(criterion).layers, self.groups),
                 WidthCost.of("macs", self.groups, profile),
                 criterion=criterion,
-                images=section.images,
-                batch=section.batch,
+                images=images,
+                batch=batch,
                 min_channels=self.study.search.min_channels,
                 on_step=on_step,
             )

@@ -1,18 +1,35 @@
-"""The criteria by name: what `search.criterion` may say and how each one is computed.
+"""The criteria by name: what `search.criterion` may say, where each comes from and what it depends on.
 
-A criterion turns a model and calibration batches into one score per layer channel. It knows no device, group
-or plan.
+A criterion turns a model, and for some of them calibration batches, into one score per layer channel. A
+group's score is the sum of its members' scores, whatever the criterion: the size of all that goes together.
+Knows no device and no plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from objectives.task import Task
 
-from .scores import ChannelScores, taylor
+from .feature_rank import hrank
+from .groups import find_groups
+from .scores import ChannelScores, FloatArray, taylor, taylor_weight
+from .weight_scores import bn, fpgm, l1, random
 
-CRITERIA = ("taylor",)
+#: Criterion to what it measures and who published it.
+SOURCES: Mapping[str, str] = {
+    "taylor": "|dL/dc * c| summed over a channel's map: Nechypurenko & Sorokin 2026, equation (3)",
+    "taylor_weight": "(dL/dw * w summed over a filter) squared, per minibatch: Molchanov et al. 2019",
+    "l1": "sum of a filter's absolute weights: Li et al. 2017",
+    "bn": "scale |gamma| of the batch norm that follows: Liu et al. 2017",
+    "fpgm": "distance of a filter to all filters of its layer: He et al. 2019, equation (4)",
+    "hrank": "rank of a channel's map, mean over images: Lin et al. 2020",
+    "random": "chance, one number per group channel",
+}
+CRITERIA = tuple(SOURCES)
+#: Those that ask the loss, and those that look at images at all; the others read the weights alone.
+WITH_LOSS = frozenset({"taylor", "taylor_weight"})
+WITH_IMAGES = WITH_LOSS | {"hrank"}
 
 
 def compute_scores(
@@ -22,30 +39,69 @@ def compute_scores(
     images: int,
     batch: int,
     loss: str,
+    seed: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> ChannelScores:
-    """Scores of the unpruned model on the task's calibration images.
+    """Scores of the unpruned model, on the task's calibration images where the criterion looks at images.
 
     Args:
         criterion: one of `CRITERIA`.
         images, batch: size of the calibration sample, and images per pass.
         loss: "task", the real loss, or "outputs", the sum of all head outputs.
+        seed: of `random`.
         on_batch: called with the number of batches done.
 
     Raises:
-        ValueError: an unknown criterion, or scores that are not finite.
+        ValueError: an unknown criterion, one that does not fit the model, or scores that are not finite.
+    """
+    data_key = scores_data_key(criterion, task, images=images, batch=batch, loss=loss, seed=seed)
+    layers = _layers(criterion, task, images, batch, loss, seed, on_batch)
+    return ChannelScores(criterion, task.model_key, data_key, layers)
+
+
+def _layers(
+    criterion: str,
+    task: Task,
+    images: int,
+    batch: int,
+    loss: str,
+    seed: int,
+    on_batch: Callable[[int], None],
+) -> Mapping[str, FloatArray]:
+    model = task.load_model()
+    match criterion:
+        case "taylor" | "taylor_weight":
+            function = task.loss if loss == "task" else task.outputs
+            by_loss = taylor if criterion == "taylor" else taylor_weight
+            return by_loss(model, task.calibration(images, batch), function, on_batch)
+        case "hrank":
+            return hrank(model, task.calibration(images, batch), task.outputs, on_batch)
+        case "l1":
+            return l1(model)
+        case "fpgm":
+            return fpgm(model)
+        case "bn":
+            import torch
+
+            from objectives.wiring import batchnorms
+
+            return bn(model, batchnorms(model, torch.zeros(task.input_shape)))
+        case _:
+            return random(model, find_groups(task.traceable(model), model), seed)
+
+
+def scores_data_key(criterion: str, task: Task, *, images: int, batch: int, loss: str, seed: int = 0) -> str:
+    """What the scores depend on besides the model, and nothing else: other settings must not empty the cache.
+
+    Raises:
+        ValueError: an unknown criterion.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion must be one of {', '.join(CRITERIA)}, got {criterion!r}")
-    model = task.load_model()
-    function = task.loss if loss == "task" else task.outputs
-    layers = taylor(model, task.calibration(images, batch), function, on_batch)
-    return ChannelScores(
-        criterion, task.model_key, scores_data_key(task, images=images, batch=batch, loss=loss), layers
-    )
-
-
-def scores_data_key(task: Task, *, images: int, batch: int, loss: str) -> str:
-    """What the scores depend on besides the model: data, input shape and the sample's settings."""
+    if criterion == "random":
+        return f"seed-{seed}"
+    if criterion not in WITH_IMAGES:
+        return "weights"
     shape = "x".join(str(side) for side in task.input_shape)
-    return f"{task.data_key}-{shape}-{images}-{batch}-{loss}"
+    key = f"{task.data_key}-{shape}-{images}"
+    return f"{key}-{batch}-{loss}" if criterion in WITH_LOSS else key

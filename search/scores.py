@@ -1,8 +1,8 @@
 """Channel scores: how much the loss would change without a channel. Computed once per model and data, then
 cached.
 
-Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equation (3). Knows no device and no
-    plan.
+The record, and the two criteria that ask the loss: by a channel's activation map and by its weights. Knows no
+device and no plan.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .activations import ActivationMaps
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -99,7 +101,9 @@ def taylor(
     loss: Callable[[nn.Module, Any], Tensor],
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> dict[str, FloatArray]:
-    """First-order Taylor scores of every convolution and linear output, equation (3).
+    """First-order Taylor scores of every convolution and linear output: `|sum over the map of dL/dc * c|`.
+
+    Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equation (3).
 
     For each image, the product of a channel's activation map with the gradient of the loss is summed over the
     map; its absolute value is averaged over the images. A channel's map is taken where it is last a map of
@@ -129,7 +133,7 @@ def taylor(
     images = 0
     done = 0
     for batch in batches:
-        with _ActivationMaps(model, names) as maps:
+        with ActivationMaps(model, names) as maps:
             value = loss(model, batch)
             used = [(name, map_) for name, map_ in maps.items() if map_.requires_grad]
             gradients = torch.autograd.grad(value, [map_ for _, map_ in used], allow_unused=True)
@@ -145,10 +149,7 @@ def taylor(
                 else product.reshape(len(product), -1, product.shape[-1]).sum(1)
             )
             score = product.abs().sum(0).cpu().numpy()
-            if not np.isfinite(score).all():
-                raise ValueError(
-                    f"the gradient at {name} is not finite on batch {done}; check the loss on this data"
-                )
+            _require_finite(score, name, done)
             totals[name] = totals.get(name, 0.0) + score
             count = max(count, len(product))
         images += count
@@ -159,63 +160,57 @@ def taylor(
     return {name: totals[name] / images for name in names.values() if name in totals}
 
 
-class _ActivationMaps:
-    """Follows each layer's output through batch norm and activation modules during one forward pass.
+def taylor_weight(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> dict[str, FloatArray]:
+    """First-order Taylor scores by weights: `(sum over the filter of dL/dw * w) ** 2`, mean over minibatches.
 
-    Works on tensor identity rather than on module structure, so it needs no knowledge of a framework's
-    blocks. Identities are safe because every followed tensor is kept alive here. A tensor that was written to
-    in between (`out += shortcut`) is no longer the layer's own map, and is not followed further.
+    Source: Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning", CVPR,
+    doi 10.1109/CVPR.2019.01152: the first-order importance of a set of weights as one group. As there, L is
+    the mean loss of a minibatch and the square is taken per minibatch, so the size of the minibatches
+    matters: what images of one batch disagree about cancels before it is squared. A filter's bias counts as
+    one of its weights.
+
+    Args, Returns, Raises: as `taylor`.
     """
+    import torch
+    from torch import nn
 
-    def __init__(self, model: nn.Module, names: Mapping[nn.Module, str]):
-        self._model = model
-        self._names = names
-
-    def __enter__(self) -> dict[str, Tensor]:
-        import torch
-        from torch import nn
-        from torch.nn.modules.batchnorm import _BatchNorm
-
-        maps: dict[str, Tensor] = {}
-        owner: dict[int, tuple[str, int]] = {}  # tensor to its layer and its version
-        entering: dict[nn.Module, str | None] = {}
-        keep: list[Tensor] = []
-
-        def look(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            # Before the module runs: one that works in place changes its input's version itself.
-            name, version = owner.get(id(inputs[0]), (None, -1)) if len(inputs) == 1 else (None, -1)
-            entering[module] = name if name is not None and inputs[0]._version == version else None
-
-        def follow(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Tensor | None:
-            name = self._names[module] if module in self._names else entering.get(module)
-            if name is None or not isinstance(output, torch.Tensor):
-                return None
-            maps[name] = output
-            # The network goes on with a copy: `out += shortcut` would otherwise change the recorded map in
-            # place.
-            onward = output.clone()
-            owner[id(onward)] = (name, onward._version)
-            keep.append(onward)
-            return onward
-
-        elementwise = (
-            _BatchNorm,
-            nn.ReLU,
-            nn.ReLU6,
-            nn.SiLU,
-            nn.GELU,
-            nn.Hardswish,
-            nn.LeakyReLU,
-            nn.Sigmoid,
-            nn.ELU,
-        )
-        followers = [m for m in self._model.modules() if isinstance(m, elementwise)]
-        self._handles = [m.register_forward_pre_hook(look) for m in followers]
-        self._handles += [m.register_forward_hook(follow) for m in (*self._names, *followers)]
-        self._keep = keep
-        return maps
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
+    model.eval()
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    owned = [(n, p) for n, m in layers.items() for p in m.parameters(recurse=False) if p.requires_grad]
+    totals: dict[str, FloatArray] = {}
+    images: list[int] = []  # of the present batch, as each layer saw it
+    done = 0
+    handles = [m.register_forward_hook(lambda _m, _i, out: images.append(len(out))) for m in layers.values()]
+    try:
+        for batch in batches:
+            images.clear()
+            value = loss(model, batch)
+            gradients = torch.autograd.grad(value, [p for _, p in owned], allow_unused=True)
+            change: dict[str, FloatArray] = {}
+            for (name, parameter), gradient in zip(owned, gradients, strict=True):
+                if gradient is not None:
+                    product = (parameter.detach() * gradient).double().reshape(len(parameter), -1)
+                    change[name] = change.get(name, 0.0) + product.sum(1).cpu().numpy()
+            for name, total in change.items():
+                _require_finite(total, name, done)
+                totals[name] = totals.get(name, 0.0) + (total / max(images)) ** 2
+            done += 1
+            on_batch(done)
+    finally:
+        for handle in handles:
             handle.remove()
-        self._keep.clear()
+    if not done:
+        raise ValueError("scores need at least one calibration image, got none")
+    return {name: totals[name] / done for name in layers if name in totals}
+
+
+def _require_finite(values: FloatArray, layer: str, batch: int) -> None:
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"the gradient at {layer} is not finite on batch {batch}; check the loss on this data"
+        )

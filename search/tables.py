@@ -12,6 +12,7 @@ from rich.table import Table
 from profiles.device import DeviceFacts
 from profiles.latency_profile import LatencyProfile
 
+from .criteria import SOURCES
 from .plan import PruningPlan
 from .result import TrialParams
 from .scores import ChannelScores
@@ -62,8 +63,9 @@ def profile_table(name: str, profile: LatencyProfile) -> Table:
 
 
 def score_json(scores: ChannelScores) -> dict[str, Any]:
-    """A criterion's entry of `paretoprune score --json`."""
+    """A criterion's entry of `paretoprune score --json`: per layer the channels' scores and their range."""
     return {
+        "source": SOURCES[scores.criterion],
         "model_key": scores.model_key,
         "data_key": scores.data_key,
         "layers": [
@@ -73,6 +75,7 @@ def score_json(scores: ChannelScores) -> dict[str, Any]:
                 "mean": float(v.mean()),
                 "min": float(v.min()),
                 "max": float(v.max()),
+                "scores": v.tolist(),
             }
             for name, v in scores.layers.items()
         ],
@@ -80,7 +83,12 @@ def score_json(scores: ChannelScores) -> dict[str, Any]:
 
 
 def score_table(scores: ChannelScores) -> Table:
-    table = Table(title=f"{scores.criterion}, model {scores.model_key[:12]}", title_justify="left")
+    table = Table(
+        title=f"{scores.criterion}, model {scores.model_key[:12]}",
+        caption=SOURCES[scores.criterion],
+        title_justify="left",
+        caption_justify="left",
+    )
     for heading in ("layer", "channels", "lowest", "mean", "highest"):
         table.add_column(heading, justify="left" if heading == "layer" else "right")
     for entry in score_json(scores)["layers"]:
