@@ -16,7 +16,7 @@ from typing import Any
 
 RUNTIMES = ("torch", "onnxruntime", "openvino", "ncnn")
 PRECISIONS: dict[str, tuple[str, ...]] = {
-    "torch": ("fp32",),
+    "torch": ("fp32", "bf16", "fp16"),
     "onnxruntime": ("fp32",),
     "openvino": ("fp32", "bf16", "fp16"),
     "ncnn": ("fp32", "bf16", "fp16"),
@@ -31,8 +31,8 @@ class Device:
         name: the user's word for it, unique in a study; letters, digits, `.`, `_`, `-`.
         runtime: "torch", "onnxruntime", "openvino" or "ncnn".
         threads: CPU threads of one inference, at least 1.
-        precision: arithmetic of the runtime: "fp32"; for openvino and ncnn also "bf16" and "fp16", refused
-            when a model is opened on a CPU where the runtime would compute in another.
+        precision: arithmetic of the runtime: "fp32"; except for onnxruntime, whose arithmetic is the file's,
+            also "bf16" and "fp16", refused when a model is opened where the runtime would compute in another.
         providers: for onnxruntime its execution providers in order of preference (empty:
             CPUExecutionProvider); for torch one of "cpu", "cuda", "cuda:N" (empty: cpu); nothing for the
             others.

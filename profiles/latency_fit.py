@@ -75,7 +75,9 @@ def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[Measure
     if wrong:
         raise ValueError(f"every variant must have the model's {len(layers)} layers, got one of {wrong[0]}")
     network, observed = _network(layers), _observed(layers, measured)
-    errors = {firmness: _left_out_errors(network, observed, firmness) for firmness in FIRMNESS}
+    measured_ms = observed.model_ms[1:]
+    unseen = {firmness: _left_out(network, observed, firmness) for firmness in FIRMNESS}
+    errors = {firmness: predicted / measured_ms - 1 for firmness, predicted in unseen.items()}
     best = min(FIRMNESS, key=lambda firmness: float(np.sqrt(np.mean(errors[firmness] ** 2))))
     coefficients, constant_ms = _fit(network, observed, best)
     return LatencyModel(
@@ -86,6 +88,7 @@ def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[Measure
         other_ms=constant_ms,
         steps=STEPS,
         error=float(np.percentile(np.abs(errors[best]), 90)),
+        checks=tuple(zip(unseen[best].tolist(), measured_ms.tolist(), strict=True)),
     )
 
 
@@ -125,14 +128,14 @@ def _observed(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant
     )
 
 
-def _left_out_errors(network: _Network, observed: _Observed, firmness: float) -> Floats:
-    """Relative errors of each pruned variant's latency, predicted without it."""
-    errors = []
+def _left_out(network: _Network, observed: _Observed, firmness: float) -> Floats:
+    """Each pruned variant's latency in ms, predicted without it."""
+    found = []
     for left_out in range(1, len(observed.model_ms)):
         coefficients, constant_ms = _fit(network, observed.without(left_out), firmness)
         predicted = constant_ms + float(np.sum(observed.terms[left_out] * coefficients))
-        errors.append(predicted / observed.model_ms[left_out] - 1)
-    return np.array(errors)
+        found.append(predicted)
+    return np.array(found)
 
 
 def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Floats, float]:

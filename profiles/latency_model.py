@@ -76,6 +76,7 @@ class LatencyModel:
         steps: multiples of channels at which the latency may step; 1 is none.
         error: the 90th percentile of the relative error on measured variants that the fit had not seen; None
             where there were none.
+        checks: of each of those variants the latency predicted without it and the one measured, in ms.
 
     Raises:
         ValueError: lengths differ, a width or a step is below 1 or a coefficient is not finite.
@@ -88,11 +89,13 @@ class LatencyModel:
     other_ms: float
     steps: tuple[int, ...] = (1,)
     error: float | None = None
+    checks: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("in_channels", "out_channels", "steps"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
-        object.__setattr__(self, "coefficients", tuple(tuple(row) for row in self.coefficients))
+        for key in ("coefficients", "checks"):
+            object.__setattr__(self, key, tuple(tuple(row) for row in getattr(self, key)))
         if self.kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}")
         if not len(self.in_channels) == len(self.out_channels) == len(self.coefficients):
@@ -181,6 +184,7 @@ class LatencyModel:
             "other_ms": self.other_ms,
             "steps": list(self.steps),
             "error": self.error,
+            "checks": [list(pair) for pair in self.checks],
         }
 
     @classmethod
@@ -193,6 +197,7 @@ class LatencyModel:
             other_ms=data["other_ms"],
             steps=tuple(data["steps"]),
             error=data["error"],
+            checks=tuple((predicted, measured) for predicted, measured in data["checks"]),
         )
 
 

@@ -27,7 +27,7 @@ from .variants import (
     trial_variants,
 )
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
 #: Profiled inferences of a variant: its layers are many, and the fit looks at all of them.

@@ -12,10 +12,15 @@ from .example import example_images
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 
 class TorchSession:
-    """An exported PyTorch program (`torch.export`), run eagerly. One provider: `cpu`, `cuda` or `cuda:1`."""
+    """An exported PyTorch program (`torch.export`), run eagerly. One provider: `cpu`, `cuda` or `cuda:1`.
+
+    In bf16 and fp16 weights and activations are of that type; images go in and outputs come out in fp32, and
+    an inference includes both conversions.
+    """
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
@@ -23,6 +28,8 @@ class TorchSession:
 
         self._torch = torch
         self._threads = spec["threads"]
+        names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        self._dtype = names[spec["precision"]]
         self._device = torch.device((spec.get("providers") or ["cpu"])[0])
         if self._device.type == "cuda":
             # fp32 means fp32: TF32 would be another precision under the same name.
@@ -38,6 +45,7 @@ class TorchSession:
             self._module = program.module(check_guards=False)
         except TypeError:
             self._module = program.module()
+        self._module = self._module.to(self._dtype)
         self._example = torch.from_numpy(example_images(spec["input_shape"])).to(self._device)
 
     @contextlib.contextmanager
@@ -58,13 +66,20 @@ class TorchSession:
 
     def run(self, images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         with self._own_threads():
-            outputs = self._module(self._torch.from_numpy(images).to(self._device))
-        outputs = [outputs] if isinstance(outputs, self._torch.Tensor) else outputs
+            outputs = self._infer(self._torch.from_numpy(images).to(self._device))
         return [output.cpu().numpy() for output in outputs]
+
+    def _infer(self, images: Tensor) -> list[Tensor]:
+        if self._dtype == self._torch.float32:
+            outputs = self._module(images)
+            return [outputs] if isinstance(outputs, self._torch.Tensor) else list(outputs)
+        outputs = self._module(images.to(self._dtype))
+        outputs = [outputs] if isinstance(outputs, self._torch.Tensor) else outputs
+        return [output.float() for output in outputs]
 
     def once(self) -> None:
         with self._torch.inference_mode():
-            self._module(self._example)
+            self._infer(self._example)
             self._wait()
 
     def prepare(self) -> None:
@@ -91,7 +106,7 @@ class TorchSession:
         interpreter = Timed(self._module)
         with self._torch.inference_mode():
             for _ in range(warmup + repeats):
-                interpreter.run(self._example)
+                interpreter.run(self._example.to(self._dtype))
         nodes = []
         for node in self._module.graph.nodes:
             if node.name in times:

@@ -16,6 +16,8 @@ from torch import nn
 
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
+from profiles.latency_profile import OTHER
+from profiles.measure import profile_layers
 from profiles.runner.sessions import MissingRuntimeError
 
 Export = Callable[[Device, int], Artifact]
@@ -151,3 +153,18 @@ def test_a_runtime_that_is_not_installed_gives_a_hint(
         export_artifact(small_net(16), Device("d", "ncnn"), tmp_path, (1, 3, 64, 64))
     with pytest.raises(MissingRuntimeError, match="pip install openvino"):
         export_artifact(small_net(16), Device("d", "openvino"), tmp_path, (1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_torch_computes_in_the_precision_stated(precision: str, export: Export) -> None:
+    artifact = export(Device("here", "torch"), 16)
+    narrow = replace(artifact, precision=precision)
+    images = np.random.default_rng(1).random((2, 3, 64, 64), dtype=np.float32)
+    wide = open_artifact(artifact, threads=1)(images)
+    for expected, got in zip(wide, open_artifact(narrow, threads=1)(images), strict=True):
+        assert got.dtype == np.float32
+        error = np.abs(got - expected).max() / np.abs(expected).max()
+        # A mantissa of 8 or 11 bits, seven layers deep: close, and visibly not fp32.
+        assert 1e-5 < error < (0.05 if precision == "bf16" else 0.01)
+    entries = profile_layers(Device("here", "torch", precision=precision), narrow, repeats=2, warmup=1)
+    assert [e.layer for e in entries if e.op != OTHER] == [spec.layer for spec in artifact.layers]
