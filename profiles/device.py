@@ -125,6 +125,39 @@ class DeviceFacts:
     state: Mapping[str, Any]
 
     @property
+    def disturbances(self) -> tuple[str, ...]:
+        """What makes the machine a poor place to measure on just now, in words, with what to do about it;
+        empty when it is quiet.
+        """
+        stable, state = self.stable, self.state
+        found = []
+        load, cpus = state.get("load_1m"), stable.get("cpus") or 1
+        if load is not None and load > 0.5:
+            found.append(f"load average {load:.1f} on {cpus} CPUs; wait for other work to end")
+        busy = [int(cpu) for cpu, share in (state.get("busy") or {}).items() if share > 0.3]
+        if busy and len(busy) > cpus - (stable.get("threads") or 1):
+            found.append(f"CPU {', '.join(map(str, busy))} busy just now; no {stable['threads']} are free")
+        governor = stable.get("governor")
+        if governor and governor != "performance":
+            found.append(
+                f"governor {governor}; clocks change with load (cpupower frequency-set -g performance)"
+            )
+        clock, most = state.get("clock_mhz"), state.get("clock_max_mhz")
+        if governor == "performance" and clock and most and clock < 0.8 * most:
+            found.append(f"clock {clock:.0f} of {most:.0f} MHz; it is being held back, by heat or by power")
+        temperature = state.get("temperature_c")
+        if temperature is not None and temperature > 75:
+            found.append(f"{temperature:.0f} °C; it may throttle")
+        throttled = str(state.get("throttled") or "").rpartition("=")[2]
+        if throttled not in ("", "0", "0x0"):
+            found.append(f"throttled ({throttled}); give it a stronger supply or cooling, then restart it")
+        if state.get("on_battery"):
+            found.append("running on battery; plug it in")
+        if (stable.get("threads") or 1) > cpus:
+            found.append(f"{stable['threads']} threads on {cpus} CPUs; set threads to {cpus} or fewer")
+        return tuple(found)
+
+    @property
     def fingerprint(self) -> str:
         """For example `onnxruntime-1.31.1_amd-epyc_2t_fp32_5f1c09ab`; the last part digests `stable`."""
         facts = self.stable

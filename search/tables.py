@@ -164,25 +164,8 @@ def device_json(facts: DeviceFacts | str) -> dict[str, Any]:
         "fingerprint": facts.fingerprint,
         "facts": dict(facts.stable),
         "state": dict(facts.state),
-        "disturbances": disturbances(facts),
+        "disturbances": list(facts.disturbances),
     }
-
-
-def disturbances(facts: DeviceFacts) -> list[str]:
-    """What makes the machine a poor place to measure on just now, in words; empty when it is quiet."""
-    found = []
-    load, cpus = facts.state.get("load_1m"), facts.stable.get("cpus") or 1
-    if load is not None and load > 0.5:
-        found.append(f"load average {load:.1f} on {cpus} CPUs; wait for other work to end")
-    governor = facts.stable.get("governor")
-    if governor and governor != "performance":
-        found.append(f"governor {governor}; clocks change with load (cpupower frequency-set -g performance)")
-    temperature = facts.state.get("temperature_c")
-    if temperature is not None and temperature > 75:
-        found.append(f"{temperature:.0f} °C; it may throttle")
-    if (facts.stable.get("threads") or 1) > cpus:
-        found.append(f"{facts.stable['threads']} threads on {cpus} CPUs")
-    return found
 
 
 def device_table(found: dict[str, DeviceFacts | str]) -> Table:
@@ -195,7 +178,7 @@ def device_table(found: dict[str, DeviceFacts | str]) -> Table:
             continue
         chip = facts.stable.get("gpu") or facts.stable.get("cpu")
         runtime = f"{facts.stable.get('runtime')} {facts.stable.get('runtime_version')}"
-        noise = disturbances(facts)
+        noise = facts.disturbances
         table.add_row(
             name,
             f"{chip}, {facts.stable.get('cpus')} CPUs\n{runtime}, {facts.stable.get('threads')} threads, "

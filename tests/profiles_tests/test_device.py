@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -52,3 +53,34 @@ def test_every_stable_fact_changes_the_fingerprint(key: str) -> None:
     other = DeviceFacts({**facts.stable, key: "something else"}, facts.state)
     assert other.fingerprint != facts.fingerprint
     assert DeviceFacts(facts.stable, {"load_1m": 99}).fingerprint == facts.fingerprint
+
+
+QUIET = {"load_1m": 0.1, "busy": {0: 0.02, 1: 0.0}, "clock_mhz": 1500.0, "clock_max_mhz": 1500.0}
+
+
+def facts(**state: object) -> DeviceFacts:
+    stable = {"cpus": 2, "threads": 1, "governor": "performance"}
+    return DeviceFacts(stable, {**QUIET, **state})
+
+
+def test_a_quiet_machine_has_no_disturbances() -> None:
+    assert facts().disturbances == ()
+    # One of two CPUs is enough for one thread, and a board's register of past faults is clear.
+    assert facts(busy={0: 1.0, 1: 0.0}, throttled="throttled=0x0").disturbances == ()
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"load_1m": 1.9}, "load average 1.9 on 2 CPUs"),
+        ({"busy": {0: 0.9, 1: 0.8}}, "CPU 0, 1 busy"),
+        ({"clock_mhz": 600.0}, "clock 600 of 1500 MHz"),
+        ({"temperature_c": 83.0}, "83 °C"),
+        ({"throttled": "throttled=0x50005"}, "throttled \\(0x50005\\)"),
+        ({"on_battery": True}, "battery"),
+    ],
+)
+def test_each_disturbance_is_named(state: dict[str, object], says: str) -> None:
+    found = facts(**state).disturbances
+    assert len(found) == 1
+    assert re.search(says, found[0])
