@@ -37,6 +37,8 @@ CONFIDENCE = 0.98
 FLOOR = 0.005
 WARMUP = 10
 ROUND_TIMEOUT_S = 300.0
+#: Sampling time of a round, and of one where many artifacts wait for their turn.
+ROUND_S, SHORT_ROUND_S = 1.2, 0.6
 
 
 def compare(
@@ -106,7 +108,7 @@ def compare(
 
 
 def ratio_once(device: Device, candidate: Artifact, baseline: Artifact, *, first: int = 0) -> float:
-    """Candidate over baseline latency from a single round of fresh processes, about two seconds.
+    """Candidate over baseline latency from a single round of fresh processes, about a second.
 
     Both models are sampled within the same second, so what the machine does meanwhile meets both. Rounds
     differ among themselves by a percent or so: take several, or `compare`, where a single figure decides.
@@ -120,7 +122,7 @@ def ratio_once(device: Device, candidate: Artifact, baseline: Artifact, *, first
     with _measuring(device) as connection:
         for spec, artifact in zip(specs, (candidate, baseline), strict=True):
             spec["path"] = connection.send_file(artifact.path, artifact.digest)
-        done = _round(connection, specs, first=first)
+        done = _round(connection, specs, first=first, round_s=SHORT_ROUND_S)
     return math.exp(_round_log_ratio(done["blocks"]))
 
 
@@ -233,14 +235,16 @@ def _spec(device: Device, artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _round(connection: Connection, specs: list[dict[str, Any]], *, first: int) -> dict[str, Any]:
+def _round(
+    connection: Connection, specs: list[dict[str, Any]], *, first: int, round_s: float = ROUND_S
+) -> dict[str, Any]:
     request = {
         "do": "round",
         "specs": specs,
         "first": first,
         "pairs": 10,
         "block_s": 0.05,
-        "round_s": 1.2,
+        "round_s": round_s,
         "timeout_s": ROUND_TIMEOUT_S,
     }
     return connection.ask(request, timeout_s=ROUND_TIMEOUT_S + 60)

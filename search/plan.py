@@ -108,7 +108,7 @@ class PruningPlan:
                 )
             if len(indices) == group.channels:
                 raise ValueError(f"a group never loses all its channels, got all {group.channels} of {name}")
-            chosen[name] = tuple(int(i) for i in indices)
+            chosen[name] = tuple(indices.tolist())
             for member in group.members:
                 (out if member.side == "out" else into).setdefault(member.layer, []).append(
                     member.index[indices].ravel()
@@ -187,4 +187,6 @@ class PruningPlan:
 
 
 def _merge(parts: list[NDArray[np.int64]] | None) -> tuple[int, ...]:
-    return tuple(int(i) for i in np.unique(np.concatenate(parts))) if parts else ()
+    if not parts:
+        return ()
+    return tuple(np.unique(parts[0] if len(parts) == 1 else np.concatenate(parts)).tolist())
