@@ -3,9 +3,9 @@
 Run: `uv run python benchmarks/paper_table3.py [--check]`; a short look: `--epochs 0 --betas 0,0.5`.
 
 First the published experiment (doi 10.30837/0135-1710.2026.189.034): every convolution on its own, the loss
-is the sum of the head's outputs, 30% of all channels go, and the latency saved is projected with equation (5).
-Then what the paper left open: the same rule on coupled channels, pruned physically, exported and measured in
-turns with the unpruned model, with the accuracy before and after a short recovery.
+is the sum of the head's outputs, 30% of all channels go, and equation (5) projects the latency saved. Then
+what the paper left open: the same rule on coupled channels, pruned physically, exported and measured in turns
+with the unpruned model, with the accuracy before and after a short recovery.
 
 Data: `yolov8n-coco.pt` and `coco-mini` in the folder PARETOPRUNE_DATA (by default ../shared/data), 640 px,
 PyTorch on this machine's CPU.
@@ -134,7 +134,7 @@ def table_text(result: dict[str, Any]) -> str:
     lines = [
         f"{result['convolutions']} convolutions, {result['channels']} channels, {plain.removed} removed",
         "",
-        "| beta | projected reduction | published | over beta 0 | layers > 5% | published | most of one layer |",
+        "| beta | projected reduction | published | over beta 0 | layers > 5% | published | most of one |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for p in projections:
