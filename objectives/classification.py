@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -47,9 +47,9 @@ class Batch:
 class ClassificationTask:
     """A classifier with its data; see `objectives.task.Task`.
 
-    The model maps `(batch, 3, height, width)` to logits `(batch, classes)`. It may carry `fixed_layers`,
-    names of layers whose output width must stay, for connections that no tracer follows (a shortcut that pads
-    channels, say).
+    The model maps `(batch, 3, height, width)` to logits `(batch, classes)`. For connections that no tracer
+    follows (a shortcut that pads channels, say) it may carry `fixed_layers`, names of layers whose output
+    width must stay, or a method `traceable(example) -> objectives.task.Traceable`, which says how they run.
 
     Attributes:
         builder: "pkg.module:function".
@@ -130,13 +130,15 @@ class ClassificationTask:
     def traceable(self, model: nn.Module) -> Traceable:
         twin = copy.deepcopy(model).eval().requires_grad_(True)
         example = torch.zeros(self.input_shape)
-        known = {name for name, _ in twin.named_modules()}
-        fixed = frozenset(getattr(model, "fixed_layers", ()))
+        own_form = getattr(twin, "traceable", None)
+        form = own_form(example) if callable(own_form) else Traceable(twin, example)
+        known = {name for name, _ in form.model.named_modules()}
+        fixed = form.fixed | frozenset(getattr(model, "fixed_layers", ()))
         if unknown := sorted(fixed - known):
             raise ValueError(
                 f"fixed_layers of {self.builder} names no layer of the model: {', '.join(unknown[:3])}"
             )
-        return Traceable(twin, example, fixed=fixed | wiring(twin, example).outputs)
+        return replace(form, fixed=fixed | wiring(form.model, example).outputs)
 
     def settle(self, model: nn.Module) -> None:
         return

@@ -7,7 +7,7 @@ of the original model, so that nothing later needs a graph. Knows no scores and 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -70,11 +70,14 @@ class ChannelGroups:
         tied: sets of groups that must lose equal numbers of channels, because the model splits one layer's
             output evenly. Which channels go is free in each.
         widths: original `(in, out)` channels of every convolution and linear layer, prunable or not.
+        norms: original channels of every batch norm; its members need not be all of them, where several
+            groups share it and not all were selected.
     """
 
     groups: tuple[ChannelGroup, ...]
     tied: tuple[tuple[str, ...], ...]
     widths: Mapping[str, tuple[int, int]]
+    norms: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def by_name(self) -> Mapping[str, ChannelGroup]:
@@ -173,6 +176,7 @@ class ChannelGroups:
             groups=tuple(g for g in self.groups if g.name in kept),
             tied=tuple(names for names in self.tied if kept.issuperset(names)),
             widths=self.widths,
+            norms=self.norms,
         )
 
 
@@ -262,7 +266,12 @@ def find_groups(traceable: Traceable, original: nn.Module) -> ChannelGroups:
         for name, m in original.named_modules()
         if isinstance(m, (nn.Conv2d, nn.Linear))
     }
-    return ChannelGroups(tuple(groups), tied, widths)
+    norms = {
+        name: m.num_features
+        for name, m in original.named_modules()
+        if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))
+    }
+    return ChannelGroups(tuple(groups), tied, widths, norms)
 
 
 def _members(

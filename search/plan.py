@@ -92,7 +92,7 @@ class PruningPlan:
         out: dict[str, list[NDArray[np.int64]]] = {}
         into: dict[str, list[NDArray[np.int64]]] = {}
         chosen: dict[str, tuple[int, ...]] = {}
-        norms: dict[str, int] = {}
+        norms: dict[str, int] = {}  # of groups made by hand, which do not say
         for name, indices in removed.items():
             group = groups.by_name.get(name)
             if group is None:
@@ -123,7 +123,7 @@ class PruningPlan:
                     norms[member.layer] = norms.get(member.layer, 0) + member.index.size
         layers = {}
         for layer in sorted({*out, *into}):
-            width_in, width_out = groups.widths.get(layer, (0, norms.get(layer, 0)))
+            width_in, width_out = groups.widths.get(layer, (0, groups.norms.get(layer, norms.get(layer, 0))))
             layers[layer] = LayerCut(width_in, width_out, _merge(into.get(layer)), _merge(out.get(layer)))
         return cls(model_key, chosen, layers)
 

@@ -540,9 +540,7 @@ def test_resnet56_loads_the_published_weights() -> None:
     )
     model = task.load_model()
     assert sum(p.numel() for p in model.parameters()) == 853_018
-    fixed = task.traceable(model).fixed
-    assert {"conv1", "linear", "layer2.0.conv2"} <= fixed
-    assert "layer2.0.conv1" not in fixed
+    assert task.traceable(model).fixed == {"linear"}
 
     # 128 of the 4000 test images: enough to tell the published 0.885 from a wrong normalisation or shortcut.
     images, labels = task._images.val.read(np.arange(128)), task._images.val.labels[:128]

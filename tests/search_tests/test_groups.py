@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIDE = 64
 YOLOS = ("yolov8n.yaml", "yolo11n.yaml")
+YOLO26 = "yolo26n.yaml"
 
 
 class SmallResNet(nn.Module):
@@ -70,7 +71,7 @@ def yolo_task(side: int = SIDE) -> DetectionTask:
 
 
 def make_case(name: str, alive: Callable[[nn.Module, int, int], nn.Module]) -> Case:
-    if name in YOLOS:
+    if name in (*YOLOS, YOLO26):
         from ultralytics.nn.tasks import DetectionModel
 
         torch.manual_seed(1)
@@ -104,7 +105,7 @@ def case_of(alive: Callable[[nn.Module, int, int], nn.Module]) -> Callable[[str]
     return get
 
 
-@pytest.fixture(params=[*YOLOS, "resnet18", "small"])
+@pytest.fixture(params=[*YOLOS, YOLO26, "resnet18", "small"])
 def case(request: pytest.FixtureRequest, case_of: Callable[[str], Case]) -> Case:
     return case_of(request.param)
 
