@@ -1,0 +1,278 @@
+"""Which way of choosing channels keeps the most accuracy at equal measured latency.
+
+Run: `uv run python benchmarks/criteria.py [--check]`; a short look: `--ways core --points 0.45 --seeds 1`.
+
+YOLOv8n on blood cells at 320 px. Every way of choosing (criterion, allocation, beta, cost) is brought to the
+same measured latency: the ratio is moved until the exported model, measured in turns with the unpruned one,
+takes 65%, 45% and 30% of its time. Then all are trained back alike, with several seeds. What is compared is
+the mean accuracy, beside the spread between seeds.
+
+Ways: every criterion with `rank` (beta 0), `uniform` and `knapsack`; `taylor` with `rank` at beta 0.5 and
+with `complexity` over parameters, MACs and memory (random filters); and ours, `taylor` with `sensitivity`.
+`core` is ours and the three it has to beat.
+
+Targets: ours is first at every point, by more than the spread between seeds, against `taylor` with `rank` at
+beta 0, `taylor` with `knapsack`, and `l1` with `uniform`.
+
+Data: `yolov8n-bccd.pt` and `bccd` in the folder PARETOPRUNE_DATA (by default ../shared/data).
+
+Duration: loss curves 10 to 20 minutes, then 2 to 3 minutes for each way and point with three seeds; `core` 40
+minutes, all ways hours. `--keep FILE` keeps what is done and goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from profiles.artifact import export_artifact  # noqa: E402  # The repository is not installed as a package.
+from profiles.lock import host_lock  # noqa: E402
+from profiles.measure import compare  # noqa: E402
+from search.bench import Shop  # noqa: E402
+from search.plan import PruningPlan  # noqa: E402
+from search.prune import prune  # noqa: E402
+from search.result import TrialParams  # noqa: E402
+from search.studyfile import load_study_file  # noqa: E402
+from search.trial import Bench, make_plan, rerank  # noqa: E402
+from search.workspace import Workspace  # noqa: E402
+
+CRITERIA = ("taylor", "taylor_weight", "l1", "bn", "fpgm", "hrank", "random")
+POINTS = (0.65, 0.45, 0.30)
+#: How far the measured share may be from the point: well below what separates the points.
+CLOSE = 0.015
+STUDY = """name: criteria
+model: {data}/yolov8n-bccd.pt
+data: {data}/bccd/data.yaml
+imgsz: 320
+seed: 0
+devices:
+  - {{name: cpu, runtime: onnxruntime, threads: {threads}}}
+search:
+  criterion: {{choices: [{criteria}]}}
+  allocation: {{choices: [rank, sensitivity]}}
+  ratio_of: latency
+calibration: {{images: 64, batch: 16}}
+finetune: {{epochs: {epochs}, batch: 8}}
+"""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way of choosing channels."""
+
+    criterion: str
+    allocation: str
+    beta: float = 0.0
+    cost: str = "layer"
+
+    @property
+    def name(self) -> str:
+        return f"{self.criterion}, {self.allocation}, beta {self.beta:g}, {self.cost}"
+
+
+OURS = Way("taylor", "sensitivity", 1.0, "marginal")
+BEATEN = (Way("taylor", "rank"), Way("taylor", "knapsack"), Way("l1", "uniform"))
+CORE = (OURS, *BEATEN)
+ALL = tuple(
+    dict.fromkeys(
+        (
+            *CORE,
+            *(Way(c, a) for c in CRITERIA for a in ("rank", "uniform", "knapsack")),
+            Way("taylor", "rank", 0.5),
+            Way("taylor", "rank", 0.5, "marginal"),
+            *(Way("random", "complexity", 0.0, cost) for cost in ("params", "macs", "memory")),
+        )
+    )
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one way gave at one point; latency as a share of the unpruned model's."""
+
+    way: str
+    point: float
+    ratio: float
+    latency: float
+    latency_ci: tuple[float, float]
+    before: float
+    after: tuple[float, ...]
+
+    @property
+    def mean(self) -> float:
+        return float(np.mean(self.after))
+
+    @property
+    def spread(self) -> float:
+        """Half the distance between the best and the worst seed."""
+        return (max(self.after) - min(self.after)) / 2
+
+
+def plan_at(way: Way, ratio: float, bench: Bench) -> PruningPlan:
+    params = TrialParams(
+        beta=way.beta,
+        ratio=ratio,
+        ratio_of="latency",
+        criterion=way.criterion,
+        cost=way.cost,
+        allocation=way.allocation,
+        round_to=bench.profile.channel_multiple,
+    )
+    return make_plan(params, rerank(params, bench), bench)
+
+
+def reach(way: Way, point: float, bench: Bench, folder: Path) -> tuple[PruningPlan, float, Any]:
+    """Move the ratio until the exported model takes the share `point` of the unpruned one's time."""
+    tried: list[tuple[float, PruningPlan, float, Any]] = []
+    ratio = 1 - point
+    for _ in range(4):
+        plan = plan_at(way, ratio, bench)
+        if any(plan.digest == earlier.digest for _, earlier, _, _ in tried):
+            break
+        model = prune(bench.task.load_model(), plan, bench.task.settle)
+        module = bench.task.deployable(model)
+        artifact = export_artifact(module, bench.device, folder / "artifact", bench.task.input_shape)
+        found = compare(bench.device, artifact, bench.baseline, limit_s=15)
+        shutil.rmtree(folder / "artifact")
+        tried.append((abs(found.ratio - point), plan, ratio, found))
+        if tried[-1][0] <= CLOSE:
+            break
+        ratio = float(np.clip(ratio + found.ratio - point, 0.01, 0.95))
+    _, plan, ratio, found = min(tried, key=lambda entry: entry[0])
+    return plan, ratio, found
+
+
+def run_way(way: Way, point: float, seeds: int, bench: Bench, folder: Path) -> Row:
+    plan, ratio, found = reach(way, point, bench, folder)
+    task = bench.task
+    after = []
+    before = 0.0
+    for seed in range(seeds):
+        model = prune(task.load_model(), plan, task.settle)
+        accuracies: list[float] = []
+        with host_lock("training"):
+            if seed == 0:
+                before = task.evaluate(task.predictor(model))
+            task.recover(
+                model,
+                replace(bench.recovery, seed=seed),
+                folder,
+                lambda done, epochs, accuracy, into=accuracies: into.append(accuracy) is None,
+            )
+        after.append(max(accuracies))
+    return Row(way.name, point, ratio, found.ratio, found.ratio_ci, before, tuple(after))
+
+
+def missed_targets(rows: Sequence[Row]) -> list[str]:
+    by = {(row.way, row.point): row for row in rows}
+    missed = []
+    for point in sorted({row.point for row in rows}, reverse=True):
+        ours = by.get((OURS.name, point))
+        for other in (by.get((way.name, point)) for way in BEATEN):
+            if ours is None or other is None:
+                continue
+            margin, spread = ours.mean - other.mean, max(ours.spread, other.spread)
+            if margin <= spread:
+                missed.append(
+                    f"at {point:.0%}: {ours.mean:.3f} against {other.mean:.3f} of {other.way}, "
+                    f"a difference of {margin:+.3f} with a spread of {spread:.3f}"
+                )
+    return missed
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    lines = [
+        "| latency | way | measured [95%] | no recovery | recovered, mean | spread |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in sorted(rows, key=lambda row: (-row.point, -row.mean)):
+        low, high = row.latency_ci
+        lines.append(
+            f"| {row.point:.0%} | {row.way} | {row.latency:.3f} [{low:.3f}, {high:.3f}] | {row.before:.3f} "
+            f"| {row.mean:.4f} | ± {row.spread:.4f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ways", choices=("core", "all"), default="all")
+    parser.add_argument("--points", default=",".join(f"{p:g}" for p in POINTS), help="shares of the latency")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="JSON file of finished rows, read and written")
+    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
+    args = parser.parse_args()
+    data = Path(os.environ.get("PARETOPRUNE_DATA", ROOT.parent / "shared" / "data")).resolve()
+    if not (data / "yolov8n-bccd.pt").is_file():
+        parser.error(f"no yolov8n-bccd.pt in {data}; set PARETOPRUNE_DATA")
+    ways = CORE if args.ways == "core" else ALL
+    criteria = ", ".join(dict.fromkeys(way.criterion for way in ways))
+    rows: list[Row] = []
+    if args.keep and args.keep.exists():
+        for entry in json.loads(args.keep.read_text(encoding="utf-8")):
+            entry |= {"latency_ci": tuple(entry["latency_ci"]), "after": tuple(entry["after"])}
+            rows.append(Row(**entry))
+    with tempfile.TemporaryDirectory() as work:
+        # Scores and curves are worth keeping beside the rows.
+        folder = args.keep.resolve().parent if args.keep else Path(work)
+        text = STUDY.format(data=data, threads=args.threads, criteria=criteria, epochs=args.epochs)
+        (folder / "criteria.yaml").write_text(text, encoding="utf-8")
+        study = load_study_file(folder / "criteria.yaml")
+        shop = Shop(study, Workspace(study.folder), notice=note)
+        device = study.devices[0].device()
+        profile = shop.profile(device)
+        bench = Bench(
+            task=shop.task,
+            device=device,
+            fingerprint=device.fingerprint,
+            groups=shop.groups,
+            scores={way.criterion: shop.scores(way.criterion) for way in ways},
+            profile=profile,
+            baseline=shop.baseline(device),
+            recovery=shop.recovery,
+            min_channels=study.search.min_channels,
+            latency_target=study.measure.target,
+            latency_limit_s=study.measure.limit_s,
+            curves={OURS.criterion: shop.curves(OURS.criterion, profile)} if OURS in ways else {},
+        )
+        done = {(row.way, row.point) for row in rows}
+        for point in map(float, args.points.split(",")):
+            for way in ways:
+                if (way.name, point) in done:
+                    continue
+                rows.append(run_way(way, point, args.seeds, bench, Path(work)))
+                note(str(rows[-1]))
+                if args.keep:
+                    args.keep.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    missed = missed_targets(rows)
+    if args.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}, indent=1))
+    else:
+        print(table_text(rows))
+        print("\n" + ("\n".join(f"missed: {text}" for text in missed) or "all targets met"))
+    return 1 if args.check and missed else 0
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
