@@ -121,10 +121,12 @@ def profile(
     device: DeviceNames = None,
     refresh: Refresh = False,
     as_json: AsJson = False,
+    html: Annotated[Path | None, typer.Option(help="Draw the profiles on one page.")] = None,
     set_: Set = None,
     dir: Dir = None,
 ) -> None:
     """Measure every layer of the unpruned model on each device, or show the cached profile."""
+    from .profile_page import write_profile_page
     from .tables import profile_json, profile_table
 
     file = _load(study, set_, dir)
@@ -132,6 +134,8 @@ def profile(
     profiles = {
         name: shop.profile(file.device(name).device(), refresh=refresh) for name in _devices(file, device)
     }
+    if html is not None:
+        err.print(f"profiles written to {write_profile_page(html, profiles)}", soft_wrap=True)
     if as_json:
         _print_json({name: profile_json(p) for name, p in profiles.items()})
         return

@@ -199,6 +199,31 @@ def profile_figure(profile: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def fit_figure(checks: Sequence[Sequence[float]]) -> Figure:
+    """How well a latency model predicts: pruned versions that it was not fitted to, against the clock.
+
+    Args:
+        checks: of each version the predicted and the measured latency in ms, see `LatencyModel.checks`.
+    """
+    figure = _figure("predicted latency, ms", "measured latency, ms")
+    if checks:
+        ends = [min(min(pair) for pair in checks), max(max(pair) for pair in checks)]
+        for share, dash in ((1.0, "solid"), (0.95, "dot"), (1.05, "dot")):
+            line = {"color": GREY, "dash": dash, "width": 1}
+            measured = [share * end for end in ends]
+            figure.add_scatter(x=ends, y=measured, mode="lines", line=line, hoverinfo="skip")
+    figure.add_scatter(
+        x=[predicted for predicted, _ in checks],
+        y=[measured for _, measured in checks],
+        mode="markers",
+        marker={"color": COLOURS[2], "size": 9},
+        customdata=[predicted / measured - 1 for predicted, measured in checks],
+        hovertemplate="predicted %{x:.3f} ms<br>measured %{y:.3f} ms<br>%{customdata:+.1%}<extra></extra>",
+    )
+    figure.update_layout(showlegend=False)
+    return figure
+
+
 def pruned_share_figure(widths: Mapping[str, Widths]) -> Figure:
     """Share of each layer's channels removed, the paper's figure 3b: bars for one model, a map for more.
 

@@ -174,7 +174,9 @@ def test_plan_score_profile_and_devices_print_json_alone(run: Run, folder: Path)
     again = run("plan", "study.yaml", "--device", "ort", "--beta", "0.5", "--ratio", "0.3", "--json")
     assert again.document == plan.document
     assert list(run("score", "study.yaml", "--json").document) == ["taylor"]
-    profile = run("profile", "study.yaml", "--json").document["ort"]
+    page = folder / "profile.html"
+    profile = run("profile", "study.yaml", "--json", "--html", page).document["ort"]
+    assert profile["fingerprint"] in page.read_text()
     assert profile["model_ms"] > 0
     devices = run("devices", "study.yaml", "--json")
     assert devices.code == 0
