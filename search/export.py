@@ -21,13 +21,13 @@ from typing import Any
 from profiles.artifact import open_artifact
 
 from .bench import Shop
+from .judge import PARITY_TOLERANCE, check_parity, export_model
 from .launch import fronts_of, installed_version, open_tracker
 from .plan import PruningPlan
 from .prune import check_widths, prune
 from .result import TrialResult
 from .study import SearchError
 from .studyfile import StudyFile
-from .trial import PARITY_TOLERANCE, check_parity, export_model
 from .workspace import Workspace, write_json
 
 FORMAT_VERSION = 1

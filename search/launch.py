@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from .bench import Shop
 from .front import ParetoFront
+from .loop import Progress, run_search
 from .plan import PruningPlan
 from .report import layer_widths, write_figure, write_report
 from .result import TrialResult
-from .study import DeviceStudy, Progress, SearchError, open_storage, run_search
+from .study import DeviceStudy, SearchError, open_storage
 from .studyfile import StudyFile
 from .tables import profile_json
 from .tracking import Tracker

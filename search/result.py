@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
 from typing import Any, Literal
 
 FORMAT_VERSION = 1
@@ -112,6 +113,31 @@ class TrialResult:
         elif not self.reason:
             raise ValueError(f"a {self.state} trial needs a reason, got {self.reason!r}")
 
+    @classmethod
+    def failed(
+        cls,
+        trial: int,
+        device: str,
+        fingerprint: str,
+        asked: TrialParams,
+        reason: str,
+        *,
+        retry: bool = False,
+    ) -> TrialResult:
+        """The record of a trial that came to nothing.
+
+        Args:
+            retry: its parameters are tried again, under another number.
+        """
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        details = {"retry": True} if retry else {}
+        return cls(trial, device, fingerprint, asked, "failed", reason, finished_at=now, details=details)
+
+    @property
+    def was_only_planned(self) -> bool:
+        """Stopped before anything was measured; such a trial took milliseconds."""
+        return self.state == "stopped" and self.latency_ms is None
+
     def to_json(self) -> dict[str, Any]:
         return {"format_version": FORMAT_VERSION, **asdict(self)}
 
@@ -131,3 +157,9 @@ class TrialResult:
             low, high = data["speedup_ci"]
             known["speedup_ci"] = (low, high)
         return cls(**known)
+
+
+def brief(value: Any) -> str:
+    """A value as one line of at most 160 characters, for a reason."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -81,6 +81,67 @@ class SpacedSampler(BaseSampler):
     ) -> None:
         # At its end the grid sampler stops `study.optimize`, which nobody runs here, and that is an error.
         if not isinstance(self._inner, optuna.samplers.GridSampler):
+            self._inner.after_trial(study, trial, state, values)
+
+    def reseed_rng(self) -> None:
+        """Nothing: the seed is the trial's."""
+
+
+class NumberedSampler(BaseSampler):
+    """Gives trial n the n-th given point, and asks a sampler of the trial's own where there is none.
+
+    A trial's number is the one thing that the storage gives out to one worker only, so two workers that join
+    at the same moment cannot both begin the same point, and no queue has to be filled by one of them. Trials
+    that somebody enqueued are nobody's n-th.
+
+    Args:
+        make: given a trial's number, the sampler for it.
+        points: of the study's first trials, any of the searched keys; what a point leaves out is drawn.
+    """
+
+    def __init__(self, make: Callable[[int], BaseSampler], points: Sequence[Mapping[str, Any]]):
+        self._make = make
+        self._points = points
+        self._inner: BaseSampler | None = None
+        self._point: Mapping[str, Any] | None = None
+
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
+        queued = {t.number for t in study.get_trials(deepcopy=False) if "fixed_params" in t.system_attrs}
+        position = trial.number - sum(number < trial.number for number in queued)
+        is_given = trial.number not in queued and 0 not in queued and position < len(self._points)
+        self._point = self._points[position] if is_given else None
+        self._inner = self._make(trial.number)
+        if self._point is None:  # or the grid would give up a cell for it
+            self._inner.before_trial(study, trial)
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        assert self._inner is not None
+        return self._inner.infer_relative_search_space(study, trial)
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        assert self._inner is not None
+        if self._point is None:
+            return self._inner.sample_relative(study, trial, search_space)
+        return {name: value for name, value in self._point.items() if name in search_space}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        assert self._inner is not None
+        if self._point is not None and param_name in self._point:
+            return self._point[param_name]
+        if self._point is not None and isinstance(param_distribution, CategoricalDistribution):
+            # What a point leaves open takes each choice in turn; the grid could not draw without a cell.
+            choices = param_distribution.choices
+            return choices[trial.number % len(choices)]
+        return self._inner.sample_independent(study, trial, param_name, param_distribution)
+
+    def after_trial(
+        self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None
+    ) -> None:
+        if self._inner is not None and self._point is None:
             self._inner.after_trial(study, trial, state, values)
 
     def reseed_rng(self) -> None:

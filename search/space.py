@@ -8,8 +8,10 @@ holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
@@ -77,6 +79,31 @@ def fixed_params(search: SearchSection, auto_round_to: int) -> TrialParams:
     if values["round_to"] == "auto":
         values["round_to"] = auto_round_to
     return TrialParams(**values)
+
+
+def params_at(search: SearchSection, point: Mapping[str, Any], auto_round_to: int) -> TrialParams:
+    """The parameters at a point of the searched space; what is not searched is as the study file fixes it."""
+    values = {key: point.get(key, getattr(search, key)) for key in KEYS}
+    if values["round_to"] == "auto":
+        values["round_to"] = auto_round_to
+    return TrialParams(**values)
+
+
+def scattered_points(search: SearchSection, count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` points drawn from the searched space, all alike likely; none where nothing is searched."""
+    space = searched_space(search)
+    if not space:
+        return []
+    points = []
+    for row in np.random.default_rng(seed).random((count, len(space))):
+        point: dict[str, Any] = {}
+        for share, (key, distribution) in zip(row, space.items(), strict=True):
+            if isinstance(distribution, FloatDistribution):
+                point[key] = distribution.low + float(share) * (distribution.high - distribution.low)
+            elif isinstance(distribution, CategoricalDistribution):
+                point[key] = distribution.choices[int(share * len(distribution.choices))]
+        points.append(point)
+    return points
 
 
 def unpruned_point(search: SearchSection) -> dict[str, Any]:

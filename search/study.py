@@ -1,69 +1,68 @@
-"""The study: Optuna asks, a trial answers, and every answer is safe on disk before anybody is told.
+"""The study: Optuna asks, a trial answers, and every answer is safe before anybody is told.
 
-One Optuna study per device, all in one storage; devices take turns, so that every front grows. Knows the
-bench and the trial; it does not know how either works inside.
+One Optuna study per device, shared by any number of workers on any number of machines. Who may begin which
+trial is decided in turns, one worker at a time. Knows the bench's prices and the results; not how a trial is
+run.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import signal
-import socket
-import time
-import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import optuna
-import psutil
 from optuna.trial import FrozenTrial, TrialState
 
-from .bench import Shop
 from .front import ParetoFront
-from .result import TrialParams, TrialResult
-from .sampler import grid_size, make_sampler
-from .space import known_points, searched_space, suggest, unpruned_point
-from .studyfile import Limits, StudyFile
-from .trial import Bench, Listener, run_trial
-from .workspace import Workspace, read_result, write_json
+from .heartbeat import Watch, identity, is_gone
+from .limits import excess_of
+from .result import TrialParams, TrialResult, brief
+from .sampler import NumberedSampler, grid_size, make_sampler
+from .space import searched_space, suggest
+from .studyfile import StudyFile
+from .trial import Bench
+from .turns import Finished, Waiting, turns
+from .uri import redact
+from .workspace import Workspace, read_result
 
-_RESULT, _WORKER, _IDENTITY = "result", "worker", "identity"
-_MAX_FAILURES = 3
+_RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
+_IDENTITY = "identity"
+#: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
+#: blindly, or a sampler might insist; after twenty the space has nothing more to give.
+_INSISTING, EXHAUSTED = 2, 20
+#: Workers that died of one trial before it counts as failed: on different machines, on one machine.
+_HOSTS_LOST, _LIVES_LOST = 2, 10
 
 
 class SearchError(RuntimeError):
     """A search cannot go on; the message says why and what to do."""
 
 
-class Progress(Listener, Protocol):
-    """Watches a search."""
-
-    def notice(self, text: str) -> None: ...
-
-    def trial_begins(
-        self, device: str, number: int, done: int, wanted: int, params: TrialParams | None
-    ) -> None: ...
-
-    def trial_ends(self, result: TrialResult, front: ParetoFront | None) -> None: ...
+class StorageAwayError(SearchError):
+    """The storage does not answer at present."""
 
 
-class Recorder(Protocol):
-    """Is told every finished trial, after it is safe."""
+@dataclass(frozen=True)
+class Begun:
+    """A trial that this worker is to run."""
 
-    def begin(self, bench: Bench, earlier: Sequence[tuple[TrialResult, Path]]) -> None: ...
+    trial: optuna.Trial
+    params: TrialParams
 
-    def record(self, result: TrialResult, folder: Path) -> None: ...
+    @property
+    def number(self) -> int:
+        return self.trial.number
 
 
 class DeviceStudy:
-    """One device's Optuna study, with the rules that keep it resumable."""
+    """One device's Optuna study, with the rules that keep it resumable and shareable.
+
+    Raises (all methods): StorageAwayError where the storage does not answer.
+    """
 
     def __init__(
         self, study: StudyFile, device: str, storage: optuna.storages.BaseStorage, workspace: Workspace
@@ -71,15 +70,20 @@ class DeviceStudy:
         self.file = study
         self.device = device
         self.workspace = workspace
-        with warnings.catch_warnings():
+        self._storage = storage
+        self._watch = Watch()
+        self._known: dict[int, TrialResult] = {}
+        name = f"{study.name}.{device}"
+        self._turn = turns(workspace.storage_url(study.storage), name, workspace.folder)
+        with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            directions = ["maximize", "minimize"]
             self.optuna = optuna.create_study(
-                study_name=f"{study.name}.{device}",
-                storage=storage,
-                directions=["maximize", "minimize"],
-                load_if_exists=True,
+                study_name=name, storage=storage, directions=directions, load_if_exists=True
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
+            self._id = storage.get_study_id_from_name(name)
+        self.seat(())
 
     @classmethod
     def existing(
@@ -94,11 +98,15 @@ class DeviceStudy:
 
     def results(self) -> list[TrialResult]:
         """All finished trials, by number, from any worker."""
-        found = []
-        for trial in self.optuna.get_trials(deepcopy=False):
-            if trial.state.is_finished() and _RESULT in trial.user_attrs:
-                found.append(TrialResult.from_json(json.loads(trial.user_attrs[_RESULT])))
-        return found
+        with self._answering():
+            return self._results(self.optuna.get_trials(deepcopy=False))
+
+    def _results(self, trials: Sequence[FrozenTrial]) -> list[TrialResult]:
+        for trial in trials:
+            number = trial.number
+            if number not in self._known and trial.state.is_finished() and _RESULT in trial.user_attrs:
+                self._known[number] = TrialResult.from_json(json.loads(trial.user_attrs[_RESULT]))
+        return [self._known[number] for number in sorted(self._known)]
 
     def front(self) -> ParetoFront | None:
         """The front so far; None before trial 0 is complete."""
@@ -108,8 +116,19 @@ class DeviceStudy:
         return ParetoFront.of(results)
 
     def done(self) -> int:
-        """Finished trials besides trial 0."""
-        return sum(r.trial > 0 for r in self.results())
+        """Finished trials that count towards those wanted."""
+        return sum(map(self._counts, self.results()))
+
+    def _counts(self, result: TrialResult) -> bool:
+        """Trial 0 comes on top; a plan that was only thought of costs nothing, a lost device comes back."""
+        if result.trial == 0 or result.details.get("retry"):
+            return False
+        return self.file.search.sampler == "grid" or not result.was_only_planned
+
+    def _is_exhausted(self, results: Sequence[TrialResult]) -> bool:
+        latest = results[-EXHAUSTED:]
+        planned = len(latest) == EXHAUSTED and all(r.was_only_planned for r in latest)
+        return planned and self.file.search.sampler != "grid"  # the grid ends by itself
 
     # -- identity
 
@@ -120,109 +139,240 @@ class DeviceStudy:
             SearchError: the study was begun with another model, other data, other training or on another
                 machine.
         """
-        identity = {
+        conditions = {
             "model": bench.task.model_key,
             "data": bench.task.data_key,
             "input_shape": list(bench.task.input_shape),
             "finetune": self.file.finetune.model_dump(mode="json", exclude={"device"}),
             "fingerprint": bench.fingerprint,
         }
-        known = self.optuna.user_attrs.get(_IDENTITY)
-        if known is None:
-            self.optuna.set_user_attr(_IDENTITY, identity)
-            return
-        changed = [key for key in identity if known.get(key) != identity[key]]
+        with self._answering(), self._turn():
+            known = self.optuna.user_attrs.get(_IDENTITY)
+            if known is None:
+                self.optuna.set_user_attr(_IDENTITY, conditions)
+                return
+        changed = [key for key in conditions if known.get(key) != conditions[key]]
         if changed:
-            what = "; ".join(
-                f"{key} was {_brief(known.get(key))}, is {_brief(identity[key])}" for key in changed
-            )
+            what = "; ".join(f"{k} was {brief(known.get(k))}, is {brief(conditions[k])}" for k in changed)
             raise SearchError(
                 f"study {self.file.name} on {self.device} was begun under other conditions ({what}), and "
-                "its numbers would not "
-                f"compare; give the study another name, or another --dir"
+                "its numbers would not compare; give the study another name, or another --dir"
             )
 
     # -- asking
 
-    def prepare(self) -> None:
-        """Queue the unpruned model and the known good points, once."""
-        if self.optuna.get_trials(deepcopy=False):
-            return
-        self.optuna.enqueue_trial(unpruned_point(self.file.search))
-        if self.file.search.sampler == "grid":
-            return  # the grid is the whole list
-        for point in known_points(self.file.search)[: max(0, self.file.trials - 1)]:
-            self.optuna.enqueue_trial(point)
+    def seat(self, points: Sequence[Mapping[str, Any]]) -> None:
+        """Seat the sampler; the first trials get the given points."""
+        search = self.file.search
+        space = searched_space(search)
 
-    def ask(self, auto_round_to: int) -> tuple[optuna.Trial, TrialParams]:
-        """The next trial: one whose worker died, else a new one."""
-        trial = self._adopt()
-        if trial is None:
-            waiting = self.optuna.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            number = waiting[0].number if waiting else len(self.optuna.get_trials(deepcopy=False))
-            self._seat_sampler(number)
-            trial = self.optuna.ask()
-        trial.set_user_attr(_WORKER, _worker())
-        params = suggest(trial, self.file.search, auto_round_to)
+        def make(number: int) -> optuna.samplers.BaseSampler:
+            earlier = [r for r in self.results() if r.trial < number]
+            insisting = len(earlier) >= _INSISTING and all(r.was_only_planned for r in earlier[-_INSISTING:])
+            name = "random" if insisting and search.sampler != "grid" else search.sampler
+            return make_sampler(name, space, seed=self.file.seed, trial=number)
+
+        self.optuna.sampler = NumberedSampler(make, points)
+
+    def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:
+        """What this worker is to do: redo a trial whose worker died, begin a new one, wait, or stop.
+
+        Args:
+            wanted: trials besides trial 0; no worker begins more, however many there are.
+        """
+        with self._answering():
+            with self._turn():
+                taken = self._take(wanted)
+            if not isinstance(taken, int):
+                return taken
+            trial = optuna.Trial(self.optuna, taken)
+            params = suggest(trial, self.file.search, auto_round_to)
         if trial.number == 0:
             params = replace(params, ratio=0.0, beta=0.0)
-        return trial, params
+        return Begun(trial, params)
 
-    def _seat_sampler(self, number: int) -> None:
-        search = self.file.search
-        self.optuna.sampler = make_sampler(
-            search.sampler, searched_space(search), seed=self.file.seed, trial=number
-        )
+    def _take(self, wanted: int) -> int | Waiting | Finished:
+        """The id of a trial that is now this worker's."""
+        for frozen in self._abandoned():
+            result = self._measured(frozen) or self._bury(frozen)
+            if result is None:
+                return self._sign(frozen._trial_id)
+            self._finish(optuna.Trial(self.optuna, frozen._trial_id), result)
+        trials = self.optuna.get_trials(deepcopy=False)
+        results = self._results(trials)
+        if not trials:
+            return self._create()
+        running = [t for t in trials if t.state == TrialState.RUNNING]
+        first = next((t for t in trials if t.number == 0), None)
+        if first in running:
+            return Waiting(f"the unpruned model, which {_host(first)} measures")
+        if results and results[0].trial == 0 and results[0].state != "complete":
+            raise SearchError(
+                f"the unpruned model failed on {self.device} ({results[0].reason}), and without it there is "
+                "nothing to compare with; give the study another name, or another --dir"
+            )
+        if self.file.search.sampler == "grid":
+            wanted = min(wanted, grid_size(searched_space(self.file.search)))
+        left = wanted - sum(map(self._counts, results))
+        if left <= 0:
+            return Finished()
+        if left <= len(running):
+            hosts = ", ".join(sorted({_host(t) for t in running}))
+            return Waiting(f"{len(running)} trial{'s' * (len(running) > 1)} in flight on {hosts}")
+        if self._is_exhausted(results):
+            return Finished(
+                f"the last {EXHAUSTED} proposals were all stopped before training, the last one because: "
+                f"{results[-1].reason}; widen search or limits to go on"
+            )
+        for frozen in (t for t in trials if t.state == TrialState.WAITING):
+            if self._storage.set_trial_state_values(frozen._trial_id, TrialState.RUNNING):
+                return self._sign(frozen._trial_id)
+        return self._create()
+
+    def _create(self) -> int:
+        # Signed as it is made: killed in between, nobody would know for a while that its worker is gone.
+        signed = optuna.trial.create_trial(state=TrialState.RUNNING, user_attrs={_WORKER: identity()})
+        return self._storage.create_new_trial(self._id, template_trial=signed)
+
+    def _sign(self, trial_id: int) -> int:
+        self._storage.set_trial_user_attr(trial_id, _WORKER, identity())
+        return trial_id
+
+    # -- trials whose worker died
 
     def collect(self) -> None:
         """Tell the trials that had measured everything before their worker died; nothing is run again."""
-        for frozen in self._abandoned():
-            result = read_result(self.workspace.trial(self.device, frozen.number) / "result.json")
-            if result is not None:
-                self.tell(self._take(frozen), result)
+        with self._answering(), self._turn():
+            for frozen in self._abandoned():
+                result = self._measured(frozen)
+                if result is not None:
+                    self._finish(optuna.Trial(self.optuna, frozen._trial_id), result)
 
-    def _adopt(self) -> optuna.Trial | None:
-        """A running trial whose worker is gone, under its own number and with its own parameters."""
-        return next((self._take(frozen) for frozen in self._abandoned()), None)
+    def _measured(self, frozen: FrozenTrial) -> TrialResult | None:
+        """What an abandoned trial had measured: told but not finished, or left in the folder here."""
+        if _RESULT in frozen.user_attrs:
+            return TrialResult.from_json(json.loads(frozen.user_attrs[_RESULT]))
+        return read_result(self.workspace.trial(self.device, frozen.number) / "result.json")
+
+    def _bury(self, frozen: FrozenTrial) -> TrialResult | None:
+        """Count a worker's death; a result where the trial seems to be what they die of."""
+        deaths = [*frozen.user_attrs.get(_DEATHS, ()), _host(frozen)]
+        self._storage.set_trial_user_attr(frozen._trial_id, _DEATHS, deaths)
+        if frozen.number == 0 or (len(set(deaths)) < _HOSTS_LOST and len(deaths) < _LIVES_LOST):
+            return None
+        reason = f"its worker died {len(deaths)} times, on {', '.join(dict.fromkeys(deaths))}; out of memory?"
+        asked = TrialParams.from_json(frozen.params)
+        return TrialResult.failed(frozen.number, self.device, "", asked, reason)
 
     def _abandoned(self) -> list[FrozenTrial]:
-        running = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        return [trial for trial in running if not _is_alive(trial.user_attrs.get(_WORKER))]
+        trials = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        return [trial for trial in trials if self._is_dead(trial)]
 
-    def _take(self, frozen: FrozenTrial) -> optuna.Trial:
-        self._seat_sampler(frozen.number)
-        return optuna.Trial(self.optuna, frozen._trial_id)
+    def _is_dead(self, frozen: FrozenTrial) -> bool:
+        worker = frozen.user_attrs.get(_WORKER)
+        if worker is not None and (not worker or is_gone(worker)):  # {}: given up on purpose
+            return True
+        return self._watch.is_silent(frozen.number, (worker, frozen.user_attrs.get(_BEAT)))
+
+    # -- while a trial runs
+
+    def beat(self, begun: Begun, count: int) -> None:
+        """Show that the trial's worker lives."""
+        self._storage.set_trial_user_attr(begun.trial._trial_id, _BEAT, count)
+
+    def claim_plan(self, begun: Begun, digest: str) -> int | None:
+        """Take a plan for a trial, or the number of the trial that has it: one that measured it or is about
+        to.
+        """
+        with self._answering(), self._turn():
+            others = [
+                t
+                for t in self.optuna.get_trials(deepcopy=False)
+                if t.number != begun.number
+                and t.user_attrs.get(_PLAN) == digest
+                and t.state != TrialState.FAIL
+            ]
+            if others:
+                complete = [t.number for t in others if t.user_attrs.get("state") == "complete"]
+                return min(complete or [t.number for t in others])
+            self._storage.set_trial_user_attr(begun.trial._trial_id, _PLAN, digest)
+            return None
+
+    def give_up(self, begun: Begun) -> None:
+        """Leave a trial to be redone under its own number by whoever comes next."""
+        with self._answering():
+            self._storage.set_trial_user_attr(begun.trial._trial_id, _WORKER, {})
+
+    def again(self, begun: Begun) -> None:
+        """Queue a failed trial's parameters for another trial."""
+        with self._answering():
+            self.optuna.enqueue_trial(dict(begun.trial.params))
 
     # -- telling
 
-    def tell(self, trial: optuna.Trial, result: TrialResult) -> None:
-        """Finish a trial in the storage. The result goes in first: a finished trial always has one."""
+    def tell(self, begun: Begun, result: TrialResult) -> bool:
+        """Finish a trial in the storage. The result goes in first: a finished trial always has one.
+
+        Returns:
+            False where the trial is no longer this worker's: it was silent for so long that another one took
+            the trial over, whose result counts.
+        """
+        with self._answering(), self._turn():
+            frozen = self._storage.get_trial(begun.trial._trial_id)
+            if frozen.state.is_finished() or frozen.user_attrs.get(_WORKER) != identity():
+                return False
+            self._finish(begun.trial, result)
+            return True
+
+    def _finish(self, trial: optuna.Trial, result: TrialResult) -> None:
+        """Optuna's state says what its samplers may learn from, ours is in the attribute `state`.
+
+        A trial stopped in training is complete to Optuna, with the accuracy it had: no more than it would
+        have reached, and dominated already. One that had the plan of another has that one's values.
+        """
         trial.set_user_attr(_RESULT, json.dumps(result.to_json()))
-        for key, value in (("state", result.state), ("reason", result.reason), ("plan", result.plan_digest)):
+        for key, value in (("state", result.state), ("reason", result.reason)):
             trial.set_user_attr(key, value)
-        if result.state == "complete":
-            assert result.accuracy is not None
-            assert result.latency_ms is not None
-            for name, excess in constraints(result, self.file.limits_of(self.device)).items():
+        if result.state != "failed":  # a failed plan may be tried again
+            trial.set_user_attr(_PLAN, result.plan_digest)
+        shown = self._shown_to_sampler(result)
+        if shown is None:
+            self.optuna.tell(trial, state=TrialState.FAIL if result.state == "failed" else TrialState.PRUNED)
+            return
+        for name, excess in self._constraints(shown).items():
+            if name not in trial.constraints:  # set before its first worker died
                 trial.set_constraint(name, excess)
-            self.optuna.tell(trial, [result.accuracy, result.latency_ms])
-        else:
-            self.optuna.tell(trial, state=TrialState.FAIL)
+        assert shown.accuracy is not None
+        assert shown.latency_ms is not None
+        self.optuna.tell(trial, [shown.accuracy, shown.latency_ms])
 
+    def _shown_to_sampler(self, result: TrialResult) -> TrialResult | None:
+        if result.state == "failed":
+            return None
+        if result.accuracy is None and result.plan_digest is not None:
+            twins = [r for r in self.results() if r.plan_digest == result.plan_digest]
+            return next((r for r in twins if r.state == "complete"), None)
+        return result if result.latency_ms is not None and result.accuracy is not None else None
 
-def constraints(result: TrialResult, limits: Limits) -> dict[str, float]:
-    """How far a result is outside each limit, relative; at most 0 is inside. One entry per limit set."""
-    assert result.accuracy is not None
-    assert result.latency_ms is not None
-    assert result.params is not None
-    excess = {}
-    if limits.latency_ms is not None:
-        excess["latency_ms"] = result.latency_ms / limits.latency_ms - 1.0
-    if limits.accuracy is not None:
-        excess["accuracy"] = limits.accuracy - result.accuracy
-    if limits.params is not None:
-        excess["params"] = result.params / limits.params - 1.0
-    return excess
+    def _constraints(self, result: TrialResult) -> dict[str, float]:
+        """Samplers demand the same constraints of every complete trial: those of the limits that the study
+        began with. One set later bounds what is begun, but no sampler hears of it; one lifted is satisfied.
+        """
+        excess = excess_of(result, self.file.limits_of(self.device))
+        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+            return {name: excess.get(name, -1.0) for name in trial.constraints}
+        return excess
+
+    @contextmanager
+    def _answering(self) -> Iterator[None]:
+        """Turn what a storage that is away raises into one error."""
+        from sqlalchemy.exc import OperationalError
+
+        try:
+            yield
+        except (optuna.exceptions.StorageInternalError, OperationalError) as error:
+            lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+            raise StorageAwayError(f"the storage does not answer: {redact(lines[0])}") from error
 
 
 def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.BaseStorage:
@@ -232,7 +382,7 @@ def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.Base
         SearchError: it cannot be opened; no password is shown.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = study.storage or workspace.default_storage
+    url = workspace.storage_url(study.storage)
     if url.startswith("sqlite"):
         workspace.folder.mkdir(parents=True, exist_ok=True)
         options: dict[str, Any] = {"connect_args": {"timeout": 60}}
@@ -241,152 +391,10 @@ def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.Base
     try:
         return optuna.storages.RDBStorage(url, engine_kwargs=options)
     except Exception as error:
-        from .uri import redact
-
         text = str(error).strip().splitlines()
-        raise SearchError(
-            f"storage {redact(url)} cannot be opened: {redact(text[0]) if text else type(error).__name__}"
-        ) from error
+        said = redact(text[0]) if text else type(error).__name__
+        raise SearchError(f"storage {redact(url)} cannot be opened: {said}") from error
 
 
-def run_search(
-    study: StudyFile,
-    shop: Shop,
-    devices: Sequence[str],
-    *,
-    trials: int,
-    timeout_s: float | None,
-    progress: Progress,
-    recorder: Recorder,
-) -> dict[str, ParetoFront]:
-    """Run trials on every device until each has `trials` finished ones besides trial 0.
-
-    Ctrl-C once lets the trial in flight finish; twice stops at once, and the next search redoes that trial.
-
-    Args:
-        timeout_s: no further trial begins after this.
-
-    Returns:
-        Device name to front.
-
-    Raises:
-        SearchError: the unpruned model could not be measured, or several trials in a row failed.
-    """
-    deadline = None if timeout_s is None else time.monotonic() + timeout_s
-    storage = open_storage(study, shop.workspace)
-    studies = {name: DeviceStudy(study, name, storage, shop.workspace) for name in devices}
-    benches = {}
-    for name, device_study in studies.items():
-        benches[name] = shop.bench(study.device(name).device())
-        device_study.claim(benches[name])
-        device_study.prepare()
-        recorder.begin(benches[name], list(shop.workspace.results(name)))
-    if study.search.sampler == "grid":
-        trials = min(trials, grid_size(searched_space(study.search)))
-    failures = dict.fromkeys(devices, 0)
-    with _first_interrupt_waits(progress.notice) as interrupted:
-        while not interrupted():
-            for device_study in studies.values():
-                device_study.collect()  # before counting, or one trial too many would begin
-            open_devices = [
-                name for name in devices if studies[name].front() is None or studies[name].done() < trials
-            ]
-            if not open_devices:
-                break
-            for name in open_devices:
-                if interrupted() or (deadline is not None and time.monotonic() > deadline):
-                    break
-                result = _one_trial(studies[name], benches[name], trials, progress, recorder)
-                failures[name] = failures[name] + 1 if result.state == "failed" else 0
-                if result.state == "failed" and result.trial == 0:
-                    raise SearchError(f"the unpruned model could not be measured on {name}: {result.reason}")
-                if failures[name] >= _MAX_FAILURES:
-                    raise SearchError(
-                        f"{_MAX_FAILURES} trials in a row failed on {name}, the last one: {result.reason}"
-                    )
-            if deadline is not None and time.monotonic() > deadline:
-                progress.notice("time is up; the same command goes on from here")
-                break
-    fronts = {name: studies[name].front() for name in devices}
-    return {name: front for name, front in fronts.items() if front is not None}
-
-
-def _one_trial(
-    study: DeviceStudy, bench: Bench, wanted: int, progress: Progress, recorder: Recorder
-) -> TrialResult:
-    """Ask, run, tell; a trial that raises is a failed trial with its reason."""
-    front = study.front()
-    if front is not None:
-        bench = replace(
-            bench, baseline_ms=front.baseline.latency_ms, baseline_p90_ms=front.baseline.latency_p90_ms
-        )
-    trial, params = study.ask(bench.profile.channel_multiple)
-    folder = study.workspace.trial(study.device, trial.number)
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
-    progress.trial_begins(study.device, trial.number, study.done(), wanted, params)
-    try:
-        result = run_trial(trial.number, params, bench, folder, progress)
-    except Exception as error:
-        result = TrialResult(
-            trial=trial.number,
-            device=study.device,
-            fingerprint=bench.fingerprint,
-            asked=params,
-            state="failed",
-            reason=f"{type(error).__name__}: {_brief(str(error))}",
-            finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "error.txt").write_text(traceback.format_exc(), encoding="utf-8")
-        write_json(folder / "result.json", result.to_json())
-    study.tell(trial, result)
-    progress.trial_ends(result, study.front())
-    recorder.record(result, folder)
-    return result
-
-
-@contextlib.contextmanager
-def _first_interrupt_waits(notice: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether the user has asked to stop. The second Ctrl-C raises
-    KeyboardInterrupt.
-    """
-    asked = False
-
-    def on_interrupt(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        notice("stopping after this trial; press Ctrl-C again to stop now (the trial is redone next time)")
-
-    try:
-        before = signal.signal(signal.SIGINT, on_interrupt)
-    except ValueError:  # not the main thread, a notebook's worker say: leave its handling alone
-        yield lambda: False
-        return
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _worker() -> dict[str, Any]:
-    """Who runs a trial; the process's start tells it from a later one with the same number."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
-
-
-def _is_alive(worker: dict[str, Any] | None) -> bool:
-    """Whether a trial's worker still runs. One on another host is taken to."""
-    if not worker:
-        return False
-    if worker.get("host") != socket.gethostname():
-        return True
-    try:
-        return bool(abs(psutil.Process(worker["pid"]).create_time() - worker["started"]) < 1.0)
-    except psutil.Error:
-        return False
-
-
-def _brief(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 160 else text[:157] + "..."
+def _host(frozen: FrozenTrial) -> str:
+    return str((frozen.user_attrs.get(_WORKER) or {}).get("host", "another worker"))

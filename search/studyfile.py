@@ -160,6 +160,34 @@ class Limits(_Section):
     latency_ms: Annotated[float, Field(gt=0)] | None = None
     accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
     params: Annotated[int, Field(gt=0)] | None = None
+    size_mb: Annotated[float, Field(gt=0)] | None = None
+
+
+class StoppingSection(_Section):
+    """When a trial ends early, see `search.stopping`.
+
+    Attributes:
+        enabled: False runs every trial to its end.
+        margin: what an expected accuracy must fall short by before it decides, as a share of the unpruned
+            model's accuracy.
+        after: complete trials needed before anything is expected of others.
+        halving: after epochs 1, 2, 4, ... the best `1 / halving` of the trials so far go on, by
+            non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
+        extra_epochs: for a trial that ends its recovery on the front.
+    """
+
+    enabled: bool = True
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    after: Annotated[int, Field(ge=2)] = 4
+    halving: Annotated[int, Field(ge=1)] = 2
+    extra_epochs: Annotated[int, Field(ge=0)] = 0
+
+
+class ScreeningSection(_Section):
+    """How many candidates are judged by latency model and kept scores, and how many of them are tried."""
+
+    candidates: Annotated[int, Field(ge=0)] = 1000
+    keep: Annotated[int, Field(ge=0)] = 3
 
 
 class DeviceSection(_Section):
@@ -218,6 +246,8 @@ class StudyFile(_Section):
     finetune: FinetuneSection = FinetuneSection()
     profile: ProfileSection = ProfileSection()
     measure: MeasureSection = MeasureSection()
+    stopping: StoppingSection = StoppingSection()
+    screening: ScreeningSection = ScreeningSection()
     trials: Annotated[int, Field(ge=1)] = 40
     limits: Limits = Limits()
     seed: int = 0

@@ -1,16 +1,16 @@
 """One trial, in five steps: rerank, plan, prune, recover, judge.
 
 Knows neither Optuna nor MLflow: it is given parameters and a bench, and returns what it measured. Nothing in
-    it computes a score
-or profiles a layer; both come from caches.
+it computes a score or profiles a layer; both come from caches. Latency does not depend on weights, so it is
+measured before the recovery, and a gate may end the trial after each step.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,35 +18,34 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from objectives.size import count_macs, count_params
+from objectives.size import count_params
 from objectives.task import Recovery, Task
-from profiles.artifact import Artifact, export_artifact, open_artifact
+from profiles.artifact import Artifact
 from profiles.device import Device
 from profiles.latency_profile import LatencyProfile
 from profiles.lock import host_lock
-from profiles.measure import compare
 from profiles.timing import Comparison
 
 from .allocation import Demand, Widths, complexity, rank, uniform
 from .budget import channels_removed, cost_removed
 from .costs import WidthCost, quantity_of, unit_shares
 from .groups import ChannelGroups
+from .judge import TimedModel, Verdict, judge, size_mb, time_untrained
 from .knapsack import knapsack
 from .plan import PruningPlan
+from .proxy import score_kept
 from .prune import check_widths, prune
 from .rerank import group_scores, hardware_scores, normalise, weighed_by_group
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
 from .sensitivity import LossCurves, sensitivity
+from .stopping import Gate, OpenGate, TrialStopped
 from .workspace import write_json
 
 if TYPE_CHECKING:
     from torch import nn
 
-#: Largest difference between the PyTorch model and its exported artifact, relative to the outputs' largest
-#: value.
-PARITY_TOLERANCE = 1e-3
-_PARITY_IMAGES = 2
+_OPEN = OpenGate()
 
 
 class Listener(Protocol):
@@ -94,7 +93,12 @@ class Bench:
 
 
 def run_trial(
-    number: int, params: TrialParams, bench: Bench, folder: Path, listener: Listener
+    number: int,
+    params: TrialParams,
+    bench: Bench,
+    folder: Path,
+    listener: Listener,
+    gate: Gate = _OPEN,
 ) -> TrialResult:
     """Run one trial and leave its files in `folder`.
 
@@ -102,32 +106,45 @@ def run_trial(
         number: the trial's number; 0 is the unpruned model and skips pruning and recovery.
         folder: an empty or new folder; gets plan.json, model.safetensors, the task's model file, the artifact
             and, last, result.json, so that a folder with a result is complete.
+        gate: asked after each step whether to go on; default: always.
 
     Returns:
-        The result, complete.
+        The result: complete, or stopped with the gate's reason and what was known by then.
 
     Raises:
         Exception: whatever a step raises; nothing is caught here.
     """
-    clock = _Clock(listener)
+    clock, known = _Clock(listener), _Known()
     folder.mkdir(parents=True, exist_ok=True)
-    with clock("rerank"):
-        scores = rerank(params, bench)
-    with clock("plan"):
-        plan = make_plan(params, scores, bench)
-        plan.save(folder / "plan.json")
-    with clock("prune"):
-        model = (
-            prune(bench.task.load_model(), plan, bench.task.settle)
-            if not plan.is_empty
-            else bench.task.load_model()
-        )
-    with clock("recover"):
-        model, epochs = recover(model, plan, bench, folder, listener)
-    verdict = judge(model, epochs, bench, folder, clock)
-    result = _result(number, params, plan, verdict, epochs, bench, folder, clock)
+    try:
+        with clock("rerank"):
+            scores = rerank(params, bench)
+        with clock("plan"):
+            plan = known.plan = make_plan(params, scores, bench)
+            known.score_kept = _score_kept(plan, bench)
+            plan.save(folder / "plan.json")
+        _go_on(gate.planned(plan, known.score_kept))
+        with clock("prune"):
+            model = bench.task.load_model()
+            model = model if plan.is_empty else prune(model, plan, bench.task.settle)
+            known.params = count_params(model)
+        _go_on(gate.pruned(known.params))
+        timed = known.timed = time_untrained(model, bench, folder / "untrained", clock)
+        _go_on(gate.measured(timed.comparison.ratio, timed.comparison.ratio_ci, timed.size_mb))
+        with clock("recover"):
+            model = recover(model, plan, bench, folder, listener, gate, known.epochs)
+        known.verdict = judge(model, timed, bench, folder, clock)
+    except TrialStopped as stop:
+        result = _result(number, params, known, bench, clock, stopped=str(stop))
+    else:
+        result = _result(number, params, known, bench, clock)
     write_json(folder / "result.json", result.to_json())
     return result
+
+
+def _go_on(reason: str | None) -> None:
+    if reason is not None:
+        raise TrialStopped(reason)
 
 
 def rerank(params: TrialParams, bench: Bench) -> list[NDArray[np.float64]]:
@@ -175,164 +192,148 @@ def predict_ms(plan: PruningPlan, profile: LatencyProfile) -> float:
     return profile.predict_ms({name: widths for name, widths in plan.widths.items() if name in deployed})
 
 
+def _score_kept(plan: PruningPlan, bench: Bench) -> float | None:
+    """The accuracy proxy, by one criterion for all trials of a study, or their values would not compare."""
+    scores = next(iter(bench.scores.values()))
+    return score_kept(plan, group_scores(scores.layers, bench.groups), bench.groups)
+
+
 def recover(
-    model: nn.Module, plan: PruningPlan, bench: Bench, folder: Path, listener: Listener
-) -> tuple[nn.Module, tuple[float, ...]]:
+    model: nn.Module,
+    plan: PruningPlan,
+    bench: Bench,
+    folder: Path,
+    listener: Listener,
+    gate: Gate = _OPEN,
+    accuracies: list[float] | None = None,
+) -> nn.Module:
     """Step 4: train the pruned model back, and make sure it is still the pruned one.
 
-    Returns:
-        The recovered model and its accuracies: before any training, then after each epoch. The unpruned model
-            is only evaluated.
-    """
-    accuracies: list[float] = []
+    Args:
+        accuracies: gets the accuracies, before any training and then after each epoch. The unpruned model is
+            only evaluated.
 
-    def on_epoch(done: int, epochs: int, accuracy: float) -> bool:
-        accuracies.append(accuracy)
+    Returns:
+        The recovered model, in its best state.
+
+    Raises:
+        TrialStopped: the gate found after an epoch that going on is not worth it.
+        WidthError: what came back is not what the plan says.
+    """
+    seen = accuracies if accuracies is not None else []
+    reason: str | None = None
+
+    def heard(done: int, epochs: int, accuracy: float) -> bool:
+        nonlocal reason
+        seen.append(accuracy)
         listener.epoch(done, epochs, accuracy)
-        return True
+        reason = gate.epoch(done, epochs, accuracy) if epochs else None
+        return reason is None
 
     if plan.is_empty:
-        on_epoch(0, 0, bench.task.evaluate(bench.task.predictor(model)))
-        return model, tuple(accuracies)
+        heard(0, 0, bench.task.evaluate(bench.task.predictor(model)))
+        return model
+    recovery = bench.recovery
     with host_lock("training"):
-        model = bench.task.recover(model, bench.recovery, folder, on_epoch)
+        model = bench.task.recover(model, recovery, folder, heard)
+        extra = gate.extra_epochs(max(seen)) if seen and not reason else 0
+        if extra:  # batch norm was re-estimated already, and epoch 0 is where the first run ended
+            total = recovery.epochs + extra
+            more = replace(recovery, epochs=extra, reestimate_images=0)
+            model = bench.task.recover(
+                model, more, folder, lambda done, _, a: not done or heard(recovery.epochs + done, total, a)
+            )
+    _go_on(reason)
     check_widths(model, plan)
-    return model, tuple(accuracies)
+    return model
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What judging measured."""
+@dataclass
+class _Known:
+    """What a trial has found out so far."""
 
-    accuracy: float
-    comparison: Comparison
-    params: int
-    macs: int
-    artifact: Artifact
-    parity: float
-
-
-def judge(
-    model: nn.Module, epochs: tuple[float, ...], bench: Bench, folder: Path, clock: Callable[[str], Any]
-) -> Verdict:
-    """Step 5: accuracy, size, and the latency of the exported artifact in the device's own runtime.
-
-    Raises:
-        ValueError: the artifact does not compute what the model computes.
-    """
-    with clock("export"):
-        artifact = export_model(model, bench.task, bench.device, folder)
-        parity = check_parity(model, artifact, bench.task)
-    with clock("measure"):
-        comparison = compare(
-            bench.device, artifact, bench.baseline, target=bench.latency_target, limit_s=bench.latency_limit_s
-        )
-    return Verdict(
-        accuracy=max(epochs),
-        comparison=comparison,
-        params=count_params(model),
-        macs=count_macs(model, bench.task.input_shape),
-        artifact=artifact,
-        parity=parity,
-    )
-
-
-def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> Artifact:
-    """Write the weights (safetensors), the framework's own model file and the device's artifact."""
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    task.save(model, folder / "model.pt")
-    return export_artifact(task.deployable(model), device, folder, task.input_shape, task.metadata(model))
-
-
-def check_parity(model: nn.Module, artifact: Artifact, task: Task, images: int = _PARITY_IMAGES) -> float:
-    """Largest difference between model and artifact on real images, relative to the largest output.
-
-    Raises:
-        ValueError: it is above `PARITY_TOLERANCE`, or the shapes differ.
-    """
-    sample = task.sample_images(images)
-    predict, run = task.predictor(model), open_artifact(artifact, threads=1)
-    worst = 0.0
-    for i in range(len(sample)):
-        expected, got = predict(sample[i : i + 1]), run(sample[i : i + 1])
-        for want, have in zip(expected, got, strict=True):
-            if want.shape != have.shape:
-                raise ValueError(
-                    f"the exported model must give outputs of shape {want.shape}, got {have.shape}"
-                )
-            scale = max(1.0, float(np.abs(want).max()))
-            worst = max(worst, float(np.abs(want - have).max()) / scale)
-    if not worst <= PARITY_TOLERANCE:
-        raise ValueError(
-            f"the exported model must match the PyTorch model within {PARITY_TOLERANCE:g} of its largest "
-            "output, "
-            f"got {worst:.3g} on {len(sample)} images"
-        )
-    return worst
+    plan: PruningPlan | None = None
+    score_kept: float | None = None
+    params: int | None = None
+    timed: TimedModel | None = None
+    epochs: list[float] = field(default_factory=list)
+    verdict: Verdict | None = None
 
 
 def _result(
     number: int,
     params: TrialParams,
-    plan: PruningPlan,
-    verdict: Verdict,
-    epochs: tuple[float, ...],
+    known: _Known,
     bench: Bench,
-    folder: Path,
     clock: _Clock,
+    *,
+    stopped: str | None = None,
 ) -> TrialResult:
-    """The record. Latency is the ratio measured in turns times the unpruned latency of trial 0, see
-    `TrialResult`.
-    """
-    comparison = verdict.comparison
-    if (
-        bench.baseline_ms is None or bench.baseline_p90_ms is None
-    ):  # trial 0 sets the scale for the whole study
-        ratio, ratio_ci = 1.0, (1.0, 1.0)
-        pooled = comparison.baseline
-        baseline_ms, p90_ms = pooled.p50_ms, pooled.p90_ms
-    else:
-        ratio, ratio_ci = comparison.ratio, comparison.ratio_ci
-        baseline_ms = bench.baseline_ms
-        p90_ms = comparison.candidate.p90_ms / comparison.candidate.p50_ms * ratio * baseline_ms
+    """The record of a trial that ran to its end or was stopped with a reason."""
+    plan, verdict = known.plan, known.verdict
+    assert plan is not None
+    comparison = verdict.comparison if verdict else known.timed.comparison if known.timed else None
+    details: dict[str, Any] = {
+        "score_kept": known.score_kept,
+        "size_mb": known.timed.size_mb if known.timed else None,
+        "removed_share": {name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()},
+    }
+    if verdict:
+        details |= {"parity": verdict.parity, "measured": verdict.measured}
+        details["size_mb"] = size_mb(verdict.artifact)
+    if comparison:
+        details |= _comparison_details(comparison, plan.is_empty)
+    if stopped is not None:
+        details["stopped_after"] = list(clock.durations)[-1]
     return TrialResult(
         trial=number,
         device=bench.device.name,
         fingerprint=bench.fingerprint,
         asked=params,
-        state="complete",
-        accuracy=verdict.accuracy,
-        latency_ms=ratio * baseline_ms,
-        latency_p90_ms=p90_ms,
-        latency_raw_ms=comparison.candidate.p50_ms,
-        speedup=1.0 / ratio,
-        speedup_ci=(1.0 / ratio_ci[1], 1.0 / ratio_ci[0]),
+        state="complete" if stopped is None else "stopped",
+        reason=stopped,
+        accuracy=max(known.epochs) if known.epochs else None,
         predicted_latency_ms=predict_ms(plan, bench.profile),
-        params=verdict.params,
-        macs=verdict.macs,
+        params=known.params,
+        macs=verdict.macs if verdict else None,
         duration_s=clock.durations,
-        epochs=epochs,
+        epochs=tuple(known.epochs),
         plan_digest=plan.digest,
-        artifact_digest=verdict.artifact.digest,
+        artifact_digest=verdict.artifact.digest if verdict else None,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        details={
-            "baseline_raw_ms": comparison.baseline.p50_ms,
-            "rounds": comparison.rounds,
-            "samples": len(comparison.candidate.samples_ms),
-            "stable": comparison.is_stable,
-            "unstable_reason": comparison.reason,
-            "verdict": comparison.verdict,
-            "copies_ratio": comparison.ratio if plan.is_empty else None,
-            "copies_ratio_ci": list(comparison.ratio_ci) if plan.is_empty else None,
-            "parity": verdict.parity,
-            "removed_share": {
-                name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()
-            },
-        },
+        details=details,
+        **(_latency(comparison, bench) if comparison else {}),
     )
+
+
+def _latency(comparison: Comparison, bench: Bench) -> dict[str, Any]:
+    """Latency is the ratio measured in turns times the unpruned latency of trial 0, see `TrialResult`."""
+    ratio, ratio_ci, baseline_ms = comparison.ratio, comparison.ratio_ci, bench.baseline_ms
+    if baseline_ms is None or bench.baseline_p90_ms is None:  # trial 0 sets the scale for the whole study
+        ratio, ratio_ci = 1.0, (1.0, 1.0)
+        baseline_ms, p90_ms = comparison.baseline.p50_ms, comparison.baseline.p90_ms
+    else:
+        p90_ms = comparison.candidate.p90_ms / comparison.candidate.p50_ms * ratio * baseline_ms
+    return {
+        "latency_ms": ratio * baseline_ms,
+        "latency_p90_ms": p90_ms,
+        "latency_raw_ms": comparison.candidate.p50_ms,
+        "speedup": 1.0 / ratio,
+        "speedup_ci": (1.0 / ratio_ci[1], 1.0 / ratio_ci[0]),
+    }
+
+
+def _comparison_details(comparison: Comparison, is_unpruned: bool) -> dict[str, Any]:
+    return {
+        "baseline_raw_ms": comparison.baseline.p50_ms,
+        "rounds": comparison.rounds,
+        "samples": len(comparison.candidate.samples_ms),
+        "stable": comparison.is_stable,
+        "unstable_reason": comparison.reason,
+        "verdict": comparison.verdict,
+        "copies_ratio": comparison.ratio if is_unpruned else None,
+        "copies_ratio_ci": list(comparison.ratio_ci) if is_unpruned else None,
+    }
 
 
 class _Clock:

@@ -37,6 +37,12 @@ class Workspace:
     def default_storage(self) -> str:
         return f"sqlite:///{self.folder / 'optuna.db'}"
 
+    def storage_url(self, asked: str | None) -> str:
+        """Where the trials are: the address asked for, or SQLite in this folder."""
+        url = asked or self.default_storage
+        # The driver that is installed; without a name SQLAlchemy takes another one.
+        return url.replace("postgresql://", "postgresql+psycopg://", 1)
+
     @property
     def default_tracking_uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"

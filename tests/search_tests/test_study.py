@@ -5,10 +5,10 @@ Run as a script it is the worker that a test kills: `test_study.py FOLDER HANG_A
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,16 +24,22 @@ import pytest
 import yaml
 from optuna.trial import TrialState
 
+import search.heartbeat
+import search.loop
 import search.study
 from objectives.task import Recovery
+from profiles.connection import DeviceLostError
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.timing import Timing
 from search.groups import ChannelGroup, ChannelGroups, Member
+from search.heartbeat import Watch, identity
+from search.limits import excess_of
+from search.loop import run_search
 from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
-from search.study import DeviceStudy, SearchError, constraints, open_storage, run_search
+from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
 from search.studyfile import Limits, StudyFile, load_study_file
 from search.trial import Bench, make_plan, rerank
 from search.workspace import Workspace, write_json
@@ -42,7 +48,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DEVICES = ("first", "second")
 LAYERS = {"a": 32, "b": 64, "c": 48}
 
-RunTrial = Callable[[int, TrialParams, Bench, Path, Any], TrialResult]
+RunTrial = Callable[[int, TrialParams, Bench, Path, Any, Any], TrialResult]
 
 
 # ---- stand-ins -----------------------------------------------------------------------------------
@@ -110,7 +116,9 @@ class StandInShop:
         return make_bench(device, **self._changes)
 
 
-def stand_in(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+def stand_in(
+    number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+) -> TrialResult:
     """A trial that plans for real and measures by formula."""
     plan = make_plan(params, rerank(params, bench), bench)
     folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +205,7 @@ def _memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     def opened(study: StudyFile, workspace: Workspace) -> optuna.storages.BaseStorage:
         return kept.setdefault(workspace.folder, optuna.storages.InMemoryStorage())
 
-    monkeypatch.setattr(search.study, "open_storage", opened)
+    monkeypatch.setattr(search.loop, "open_storage", opened)
     monkeypatch.setitem(globals(), "open_storage", opened)
 
 
@@ -209,7 +217,7 @@ def sqlite() -> None:
 @pytest.fixture
 def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunTrial], None]:
     def put(function: RunTrial) -> None:
-        monkeypatch.setattr(search.study, "run_trial", function)
+        monkeypatch.setattr(search.loop, "run_trial", function)
 
     put(stand_in)
     return put
@@ -218,8 +226,8 @@ def trial(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunTrial], None]:
 @pytest.fixture
 def dead_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials are signed by a process that is gone, as if this one had been killed."""
-    gone = {"host": socket.gethostname(), "pid": 2**22 + 1, "started": 0.0}
-    monkeypatch.setattr(search.study, "_worker", lambda: gone)
+    gone = {**identity(), "pid": 2**22 + 1, "started": 0.0}
+    monkeypatch.setattr(search.study, "identity", lambda: gone)
 
 
 pytestmark = pytest.mark.usefixtures("trial")
@@ -276,10 +284,12 @@ def test_no_trial_begins_when_the_time_is_up(study: StudyFile) -> None:
 
 
 def failing(*numbers: int) -> RunTrial:
-    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
         if number in numbers:
             raise FloatingPointError(f"the loss became\nnan in trial {number}")
-        return stand_in(number, params, bench, folder, listener)
+        return stand_in(number, params, bench, folder, listener, gate)
 
     return run
 
@@ -316,21 +326,95 @@ def test_without_the_unpruned_model_there_is_no_search(
         SearchError, match=r"the unpruned model could not be measured on first: .* in trial 0"
     ):
         go(study)
+    trial(stand_in)
+    assert go(study).begun[0] == ("first", 0)  # redone, for nothing can go on without it
+
+
+def test_a_device_that_fails_does_not_keep_the_others_from_their_trials(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
+        if bench.device.name == "first" and number > 0:
+            raise MemoryError("16 GiB wanted")
+        return stand_in(number, params, bench, folder, listener, gate)
+
+    trial(run)
+    with pytest.raises(SearchError, match=r"3 trials in a row failed on first, .*MemoryError: 16 GiB wanted"):
+        go(study, DEVICES, trials=6)
+    assert [r.state for r in results(study, "first")] == ["complete", "failed", "failed", "failed"]
+    assert [r.state for r in results(study, "second")] == ["complete"] * 7
+
+
+def test_a_lost_device_fails_the_trial_and_has_it_tried_again_later(
+    study: StudyFile, trial: Callable[[RunTrial], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost: list[TrialParams] = []
+
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
+        if bench.device.name == "first" and number == 2:
+            lost.append(params)
+            raise DeviceLostError("device first: no answer to 'round' within 360 s")
+        return stand_in(number, params, bench, folder, listener, gate)
+
+    trial(run)
+    monkeypatch.setattr(search.loop, "_LOST_PAUSE_S", 0.3)
+    monkeypatch.setattr(search.loop, "_POLL_S", 0.02)
+    watcher = go(study, DEVICES, trials=4)
+    found = results(study)
+    assert found[2].reason == "DeviceLostError: device first: no answer to 'round' within 360 s"
+    assert [r.state for r in found] == ["complete", "complete", "failed", "complete", "complete", "complete"]
+    assert found[3].asked == lost[0]  # under the next number, and not counted twice
+    asked = [(r.asked.beta, r.asked.ratio) for r in found]
+    assert asked[4] == (0.0, pytest.approx(0.55))  # the known points are all there
+    assert any("is lost; its trial is tried again" in text for text in watcher.notices)
+    order = [entry for entry in watcher.begun if entry in (("first", 3), ("second", 3), ("second", 4))]
+    assert order.index(("second", 3)) < order.index(("first", 3))  # the others did not wait for it
+
+
+def test_a_full_disk_ends_the_trial_with_its_reason(
+    study: StudyFile, trial: Callable[[RunTrial], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(*_: Any, **__: Any) -> None:
+        raise full
+
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
+        if number == 2:
+            monkeypatch.setattr(search.loop, "write_json", write)  # nor can the record be written
+            raise full
+        return stand_in(number, params, bench, folder, listener, gate)
+
+    trial(run)
+    watcher = Watcher()
+    monkeypatch.setattr(watcher, "record", lambda result, folder: watcher.recorded.append(result.state))
+    shop: Any = StandInShop(study)
+    run_search(study, shop, ["first"], trials=4, timeout_s=None, progress=watcher, recorder=watcher)
+    assert watcher.recorded == ["complete", "complete", "failed", "complete", "complete"]
+    assert results(study)[2].reason == "OSError: [Errno 28] No space left on device"
 
 
 # ---- interruptions -------------------------------------------------------------------------------
 
 
 def interrupted(at: int, before: RunTrial | None = None) -> RunTrial:
-    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
         if number == at:
             if before is not None:
-                before(number, params, bench, folder, listener)
+                before(number, params, bench, folder, listener, gate)
             else:
                 folder.mkdir(parents=True)
                 (folder / "half-written").touch()
             raise KeyboardInterrupt
-        return stand_in(number, params, bench, folder, listener)
+        return stand_in(number, params, bench, folder, listener, gate)
 
     return run
 
@@ -387,34 +471,31 @@ def test_a_half_written_result_is_no_result(study: StudyFile, trial: Callable[[R
     assert go(study).begun[0] == ("first", 2)
 
 
-def test_a_living_workers_trial_is_left_alone(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+def test_a_living_workers_trial_is_left_alone_until_it_was_silent_for_long(
+    study: StudyFile, trial: Callable[[RunTrial], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """This process lives, so what it signed looks like another worker's trial in flight."""
     trial(interrupted(2))
     with pytest.raises(KeyboardInterrupt):
         go(study)
     trial(stand_in)
+    monkeypatch.setattr(search.study, "Watch", lambda: Watch(silence_s=0.5))
+    monkeypatch.setattr(search.loop, "_POLL_S", 0.02)
     watcher = go(study, trials=4)
-    assert ("first", 2) not in watcher.begun
-    assert states(study).count(TrialState.RUNNING) == 1
-
-
-def test_a_worker_on_another_host_is_taken_to_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = search.study._worker()
-    assert search.study._is_alive(worker)
-    assert search.study._is_alive({**worker, "host": "elsewhere", "pid": 2**22 + 1})
-    assert not search.study._is_alive(
-        {**worker, "started": worker["started"] - 1000}
-    )  # the number was reused
-    assert not search.study._is_alive(None)
+    assert watcher.begun == [("first", 3), ("first", 4), ("first", 2)]  # and no fifth one meanwhile
+    assert watcher.notices == [f"first: waiting for 1 trial in flight on {identity()['host']}"]
+    assert states(study) == [TrialState.COMPLETE] * 5
 
 
 def test_one_ctrl_c_lets_the_trial_finish(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
     before = signal.getsignal(signal.SIGINT)
 
-    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
         if number == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return stand_in(number, params, bench, folder, listener)
+        return stand_in(number, params, bench, folder, listener, gate)
 
     trial(run)
     watcher = go(study)
@@ -428,12 +509,14 @@ def test_one_ctrl_c_lets_the_trial_finish(study: StudyFile, trial: Callable[[Run
 
 
 def test_the_second_ctrl_c_stops_at_once(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
-    def run(number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any) -> TrialResult:
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
         if number == 2:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
             pytest.fail("the trial went on")
-        return stand_in(number, params, bench, folder, listener)
+        return stand_in(number, params, bench, folder, listener, gate)
 
     trial(run)
     with pytest.raises(KeyboardInterrupt):
@@ -516,6 +599,92 @@ def test_other_training_is_refused_and_another_training_device_is_not(study: Stu
         go(other, trials=3)
 
 
+# ---- stopped trials ------------------------------------------------------------------------------
+
+
+def stopping(*numbers: int, measured: bool) -> RunTrial:
+    """Some trials are stopped, for their plan alone or in training."""
+
+    def run(
+        number: int, params: TrialParams, bench: Bench, folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
+        result = stand_in(number, params, bench, folder, listener, gate)
+        if number not in numbers:
+            return result
+        early = replace(result, state="stopped", reason="not worth it")
+        return early if measured else replace(early, accuracy=None, latency_ms=None, plan_digest=f"p{number}")
+
+    return run
+
+
+def test_a_plan_that_was_only_thought_of_costs_no_trial(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    trial(stopping(2, 4, measured=False))
+    watcher = go(study, trials=3)
+    assert [(n, state) for _, n, state in watcher.recorded] == [
+        (0, "complete"), (1, "complete"), (2, "stopped"), (3, "complete"), (4, "stopped"), (5, "complete"),
+    ]  # fmt: skip
+    assert [s.name for s in states(study)] == [
+        "COMPLETE",
+        "COMPLETE",
+        "PRUNED",
+        "COMPLETE",
+        "PRUNED",
+        "COMPLETE",
+    ]
+    assert go(study, trials=3).begun == []
+
+
+def test_a_trial_stopped_in_training_counts_and_teaches_the_sampler(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    trial(stopping(2, measured=True))
+    watcher = go(study, trials=3)
+    assert [n for _, n, _ in watcher.recorded] == [0, 1, 2, 3]
+    assert states(study) == [TrialState.COMPLETE] * 4
+    found = DeviceStudy.existing(
+        study, "first", open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    )
+    assert found is not None
+    front = found.front()
+    assert front is not None
+    assert 2 not in {p.trial for p in front.points}
+
+
+def test_a_search_that_finds_nothing_worth_a_trial_ends(
+    study: StudyFile, trial: Callable[[RunTrial], None]
+) -> None:
+    trial(stopping(*range(2, 100), measured=False))
+    watcher = go(study, trials=5)
+    assert len(watcher.recorded) == 2 + EXHAUSTED
+    assert (
+        "proposals were all stopped before training, the last one because: not worth it"
+        in watcher.notices[-1]
+    )
+    assert go(study, trials=5).begun == []
+
+
+def test_a_plan_belongs_to_one_trial(study: StudyFile, trial: Callable[[RunTrial], None]) -> None:
+    """Through the real gate: trial 3 asks for what trial 1 was asked."""
+    go(study, trials=1)
+    device_study = DeviceStudy(
+        study, "first", open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    )
+    plan = str(results(study)[1].plan_digest)
+    first, second = (device_study.next_trial(9, 4) for _ in range(2))
+    assert isinstance(first, Begun)
+    assert isinstance(second, Begun)
+    assert device_study.claim_plan(first, plan) == 1  # measured already
+    assert device_study.claim_plan(first, "new") is None
+    assert device_study.claim_plan(second, "new") == first.number  # about to be
+    assert device_study.claim_plan(first, "new") is None  # its own, after it was redone say
+    twin = replace(results(study)[1], trial=second.number, state="stopped", reason="twin", accuracy=None)
+    assert device_study.tell(second, replace(twin, latency_ms=None))
+    told = device_study.optuna.get_trials()[second.number]
+    assert told.values == device_study.optuna.get_trials()[1].values
+
+
 # ---- limits, storage -----------------------------------------------------------------------------
 
 
@@ -528,7 +697,7 @@ def test_limits_become_constraints_of_every_complete_trial(
     loaded = optuna.load_study(study_name="study.first", storage=open_storage(study, Workspace(study.folder)))
     for done, result in zip(loaded.trials, results(study), strict=True):
         if done.state == TrialState.COMPLETE:
-            excess = constraints(result, study.limits)
+            excess = excess_of(result, study.limits)
             assert list(excess) == ["latency_ms", "accuracy"]
             assert (excess["latency_ms"] <= 0) == (result.latency_ms <= 4.0)  # type: ignore[operator]
             assert done.constraints == pytest.approx(excess)
@@ -540,9 +709,9 @@ def test_constraints_by_hand() -> None:
         accuracy=0.5, latency_ms=6.0, latency_p90_ms=7.0, speedup=1.0, params=50,
     )  # fmt: skip
     limits = Limits(latency_ms=4.0, accuracy=0.6, params=100)
-    assert constraints(result, limits) == pytest.approx({"latency_ms": 0.5, "accuracy": 0.1, "params": -0.5})
-    assert constraints(result, Limits()) == {}
-    assert constraints(replace(result, latency_ms=4.0), Limits(latency_ms=4.0)) == {"latency_ms": 0.0}
+    assert excess_of(result, limits) == pytest.approx({"latency_ms": 0.5, "accuracy": 0.1, "params": -0.5})
+    assert excess_of(result, Limits()) == {}
+    assert excess_of(replace(result, latency_ms=4.0), Limits(latency_ms=4.0)) == {"latency_ms": 0.0}
 
 
 @pytest.mark.usefixtures("sqlite")
@@ -557,15 +726,17 @@ def work(folder: Path, hang_at: int) -> None:
     """Search until one trial, and hang there."""
     study = make_study(folder)
 
-    def run(number: int, params: TrialParams, bench: Bench, trial_folder: Path, listener: Any) -> TrialResult:
+    def run(
+        number: int, params: TrialParams, bench: Bench, trial_folder: Path, listener: Any, gate: Any
+    ) -> TrialResult:
         if number == hang_at:
             trial_folder.mkdir(parents=True)
             (trial_folder / "half-written").touch()
             (folder / "hanging").touch()
             time.sleep(300)
-        return stand_in(number, params, bench, trial_folder, listener)
+        return stand_in(number, params, bench, trial_folder, listener, gate)
 
-    search.study.run_trial = run
+    search.loop.run_trial = run
     go(study)
 
 

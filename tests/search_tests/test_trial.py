@@ -16,24 +16,26 @@ import yaml
 from torch import nn
 
 import search.bench
-import search.trial
+import search.judge
 from profiles.artifact import Artifact, LayerSpec, open_artifact
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.timing import Comparison, Timing
 from search.bench import Shop
+from search.judge import check_parity
 from search.plan import PruningPlan
 from search.prune import WidthError, check_widths
 from search.result import TrialParams, TrialResult
+from search.stopping import OpenGate
 from search.studyfile import StudyFile, StudyFileError, load_study_file
 from search.tables import plan_json, plan_table, profile_json, profile_table, score_json, score_table
-from search.trial import Bench, check_parity, make_plan, predict_ms, rerank, run_trial
+from search.trial import Bench, make_plan, predict_ms, rerank, run_trial
 from search.workspace import Workspace, read_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = ["rerank", "plan", "prune", "recover", "export", "measure"]
+STEPS = ["rerank", "plan", "prune", "export", "measure", "recover"]
 
 
 class Listener:
@@ -110,7 +112,7 @@ def bench(shop: Shop) -> Bench:
 
 @pytest.fixture(autouse=True)
 def _clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(search.trial, "compare", counted_comparison)
+    monkeypatch.setattr(search.judge, "compare", counted_comparison)
     monkeypatch.chdir(tmp_path)
 
 
@@ -121,7 +123,7 @@ PARAMS = TrialParams(beta=0.2, ratio=0.4, round_to=4)
 def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialResult, Path, Listener]:
     folder, listener = tmp_path_factory.mktemp("run") / "trial-0001", Listener()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search.trial, "compare", counted_comparison)
+        patch.setattr(search.judge, "compare", counted_comparison)
         result = run_trial(
             1, PARAMS, replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0), folder, listener
         )
@@ -133,7 +135,7 @@ def done(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> tuple[TrialR
 
 def test_a_trial_is_its_steps_each_with_its_time(done: tuple[TrialResult, Path, Listener]) -> None:
     result, _, listener = done
-    assert listener.steps == STEPS
+    assert listener.steps == [*STEPS, "export"]  # what was measured before training ships after it
     assert list(result.duration_s) == STEPS
     assert listener.epochs == [(0, 1), (1, 1)]
     assert len(result.epochs) == 2
@@ -236,6 +238,88 @@ def test_the_recovered_model_is_in_the_artifact(
     artifact = replace(bench.baseline, path=next(folder.glob("*.onnx")))
     accuracy = bench.task.evaluate(open_artifact(artifact, threads=1))
     assert accuracy == pytest.approx(result.accuracy, abs=0.005)
+
+
+# ---- stopping ------------------------------------------------------------------------------------
+
+
+class StopAt(OpenGate):
+    """Stops after one step, and remembers what it was asked."""
+
+    def __init__(self, step: str, extra: int = 0):
+        self.step, self.extra = step, extra
+        self.asked: list[tuple[Any, ...]] = []
+
+    def _answer(self, step: str, *what: Any) -> str | None:
+        self.asked.append((step, *what))
+        return f"stopped at {step}" if step == self.step else None
+
+    def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None:
+        return self._answer("plan", score_kept)
+
+    def pruned(self, params: int) -> str | None:
+        return self._answer("prune", params)
+
+    def measured(self, ratio: float, ratio_ci: tuple[float, float], size_mb: float) -> str | None:
+        return self._answer("measure", ratio, ratio_ci, size_mb)
+
+    def epoch(self, done: int, epochs: int, accuracy: float) -> str | None:
+        return self._answer(f"epoch {done}", accuracy)
+
+    def extra_epochs(self, accuracy: float) -> int:
+        self.asked.append(("extra", accuracy))
+        return self.extra
+
+
+@pytest.mark.parametrize("step", ["plan", "prune", "measure", "epoch 0"])
+def test_a_gate_ends_a_trial_after_any_step(bench: Bench, tmp_path: Path, step: str) -> None:
+    gate, folder = StopAt(step), tmp_path / "trial"
+    scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
+    result = run_trial(1, PARAMS, scaled, folder, Listener(), gate)
+    assert (result.state, result.reason) == ("stopped", f"stopped at {step}")
+    assert gate.asked[-1][0] == step
+    assert read_result(folder / "result.json") == result
+    assert {p.name for p in folder.iterdir()} == {"plan.json", "result.json"}  # and nothing half done
+    assert (result.latency_ms is not None) == (step in ("measure", "epoch 0"))
+    assert (result.accuracy is not None) == (step == "epoch 0")
+    assert result.plan_digest == PruningPlan.load(folder / "plan.json").digest
+    assert result.details["stopped_after"] == ("recover" if step == "epoch 0" else step)
+
+
+def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
+    gate = StopAt("never", extra=1)
+    scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
+    result = run_trial(1, PARAMS, scaled, tmp_path / "trial", Listener(), gate)
+    told = {step: what for step, *what in gate.asked}
+    assert [step for step, *_ in gate.asked] == (
+        ["plan", "prune", "measure", "epoch 0", "epoch 1", "extra", "epoch 2"]
+    )
+    assert told["plan"] == [result.details["score_kept"]]
+    assert 0.5 < result.details["score_kept"] < 1.0
+    assert told["prune"] == [result.params]
+    assert told["measure"][0] == pytest.approx(result.latency_ms / 10.0)  # type: ignore[operator]
+    assert told["measure"][2] == pytest.approx(result.details["size_mb"], rel=0.01)
+    assert [told[f"epoch {n}"] for n in range(3)] == [[a] for a in result.epochs]  # one more, as granted
+    assert result.accuracy == max(result.epochs)
+    assert result.details["measured"] == "before recovery, same structure"
+
+
+def test_a_file_of_another_structure_is_measured_itself(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[str] = []
+
+    def compared(device: Device, candidate: Artifact, baseline: Artifact, **_: Any) -> Comparison:
+        measured.append(candidate.digest)
+        return counted_comparison(device, candidate, baseline)
+
+    monkeypatch.setattr(search.judge, "compare", compared)
+    monkeypatch.setattr(search.judge, "structure_digest", lambda artifact: artifact.digest)
+    still = replace(bench, recovery=replace(bench.recovery, epochs=0), baseline_ms=1.0, baseline_p90_ms=1.0)
+    result = run_trial(1, PARAMS, still, tmp_path / "trial", Listener())
+    assert len(measured) == 2
+    assert measured[-1] == result.artifact_digest
+    assert result.details["measured"] == "as shipped"
 
 
 # ---- the bench -----------------------------------------------------------------------------------

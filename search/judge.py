@@ -1,0 +1,152 @@
+"""What a trial measures of a model: its latency before the recovery, and the artifact that ships after it.
+
+Latency comes from an exported file in the device's own runtime, in turns with the unpruned model's. Knows
+nothing of plans, training, or whether a trial is worth going on with.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from objectives.size import count_macs
+from objectives.task import Task
+from profiles.artifact import Artifact, export_artifact, open_artifact
+from profiles.device import Device
+from profiles.measure import compare
+from profiles.structure import structure_digest
+from profiles.timing import Comparison
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .trial import Bench
+
+#: Largest difference between the PyTorch model and its exported artifact, relative to the outputs' largest
+#: value.
+PARITY_TOLERANCE = 1e-3
+_PARITY_IMAGES = 2
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A model's latency against the unpruned one, with what the measured file was.
+
+    Attributes:
+        structure: see `profiles.structure`; None where it cannot be told.
+        size_mb: of the exported files, in 10^6 bytes.
+    """
+
+    comparison: Comparison
+    structure: str | None
+    size_mb: float
+
+
+def time_untrained(model: nn.Module, bench: Bench, folder: Path, clock: Callable[[str], Any]) -> TimedModel:
+    """Between prune and recover: what the pruned model will cost, before minutes are spent on its weights.
+
+    The file is exported like the one that ships and removed again.
+    """
+    with clock("export"):
+        task = bench.task
+        artifact = export_artifact(
+            task.deployable(model), bench.device, folder, task.input_shape, task.metadata(model)
+        )
+        structure = structure_digest(artifact)
+    with clock("measure"):
+        comparison = _compare(artifact, bench)
+    measured = TimedModel(comparison, structure, size_mb(artifact))
+    shutil.rmtree(folder)
+    return measured
+
+
+def _compare(artifact: Artifact, bench: Bench) -> Comparison:
+    return compare(
+        bench.device, artifact, bench.baseline, target=bench.latency_target, limit_s=bench.latency_limit_s
+    )
+
+
+def size_mb(artifact: Artifact) -> float:
+    """All files of an artifact together, in 10^6 bytes."""
+    return sum(path.stat().st_size for path in artifact.files) / 1e6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What judging measured of the model that ships."""
+
+    comparison: Comparison
+    macs: int
+    artifact: Artifact
+    parity: float
+    measured: str
+
+
+def judge(
+    model: nn.Module, timed: TimedModel, bench: Bench, folder: Path, clock: Callable[[str], Any]
+) -> Verdict:
+    """Step 5: the artifact that ships is exported and held against the model; its latency is on record.
+
+    The measurement from before the recovery stands for this file where both compute the same on other
+    weights; where that cannot be told, this file is measured itself.
+
+    Raises:
+        ValueError: the artifact does not compute what the model computes.
+    """
+    with clock("export"):
+        artifact = export_model(model, bench.task, bench.device, folder)
+        parity = check_parity(model, artifact, bench.task)
+        same = timed.structure is not None and structure_digest(artifact) == timed.structure
+    comparison = timed.comparison
+    if not same:
+        with clock("measure"):
+            comparison = _compare(artifact, bench)
+    return Verdict(
+        comparison=comparison,
+        macs=count_macs(model, bench.task.input_shape),
+        artifact=artifact,
+        parity=parity,
+        measured="before recovery, same structure" if same else "as shipped",
+    )
+
+
+def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> Artifact:
+    """Write the weights (safetensors), the framework's own model file and the device's artifact."""
+    from safetensors.torch import save_file
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    task.save(model, folder / "model.pt")
+    return export_artifact(task.deployable(model), device, folder, task.input_shape, task.metadata(model))
+
+
+def check_parity(model: nn.Module, artifact: Artifact, task: Task, images: int = _PARITY_IMAGES) -> float:
+    """Largest difference between model and artifact on real images, relative to the largest output.
+
+    Raises:
+        ValueError: it is above `PARITY_TOLERANCE`, or the shapes differ.
+    """
+    sample = task.sample_images(images)
+    predict, run = task.predictor(model), open_artifact(artifact, threads=1)
+    worst = 0.0
+    for i in range(len(sample)):
+        expected, got = predict(sample[i : i + 1]), run(sample[i : i + 1])
+        for want, have in zip(expected, got, strict=True):
+            if want.shape != have.shape:
+                raise ValueError(
+                    f"the exported model must give outputs of shape {want.shape}, got {have.shape}"
+                )
+            scale = max(1.0, float(np.abs(want).max()))
+            worst = max(worst, float(np.abs(want - have).max()) / scale)
+    if not worst <= PARITY_TOLERANCE:
+        raise ValueError(
+            f"the exported model must match the PyTorch model within {PARITY_TOLERANCE:g} of its largest "
+            "output, "
+            f"got {worst:.3g} on {len(sample)} images"
+        )
+    return worst

@@ -1,0 +1,106 @@
+"""Screening: thousands of candidates planned and judged without a model, and the few worth starting with.
+
+A plan costs a millisecond: its latency comes from the device's latency model, its accuracy from the share of
+scores it keeps. Neither is a measurement; what is kept here is only tried first. Knows nothing of trials that
+ran.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import PruningPlan
+from .proxy import score_kept
+from .rerank import group_scores
+from .result import TrialParams
+from .space import known_points, params_at, scattered_points, unpruned_point
+from .studyfile import Limits, StudyFile
+from .trial import Bench, make_plan, predict_ms, rerank
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A point of the search space with what is expected of it.
+
+    Attributes:
+        position: its place in what was screened.
+        predicted_ms: by the device's latency model.
+        score_kept: see `search.proxy`.
+    """
+
+    position: int
+    predicted_ms: float
+    score_kept: float
+
+
+def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
+    """What a study tries before its sampler has something to go on, as points of the searched space.
+
+    The unpruned model; known good points; and the best of many candidates by what their plans promise. A grid
+    is the whole list by itself.
+    """
+    search, settings = study.search, study.screening
+    points = [unpruned_point(search)]
+    if search.sampler == "grid":
+        return points
+    points += known_points(search)[: max(0, study.trials - 1)]
+    keep = min(settings.keep, max(0, study.trials - len(points)))
+    scattered = scattered_points(search, settings.candidates, study.seed) if keep else []
+    params = [params_at(search, point, bench.profile.channel_multiple) for point in scattered]
+    found = screen(bench, params, study.limits_of(device), keep)
+    return points + [scattered[candidate.position] for candidate in found]
+
+
+def screen(
+    bench: Bench, params: Sequence[TrialParams], limits: Limits, keep: int, *, limit_s: float = 30.0
+) -> list[Candidate]:
+    """The `keep` candidates that stand for the best trade-offs expected, from the most to the least pruned.
+
+    Plans that come up twice count once; what the latency limit rules out by more than the model's own error,
+    or is expected no faster than the unpruned model, is left out. Of the rest those are taken that no other
+    one beats in both expectations, spread evenly over the latency they cover.
+
+    Args:
+        limit_s: no further candidate is planned after this; a very large network plans slowly.
+    """
+    scores = group_scores(next(iter(bench.scores.values())).layers, bench.groups)
+    base_ms = bench.profile.predict_ms({})
+    slack = 1.0 - min(1.0, bench.profile.model.error or 0.0)
+    scale = 1.0 if bench.baseline_ms is None else bench.baseline_ms / base_ms
+    found: dict[str, Candidate] = {}
+    for position, plan in _plans(bench, params, limit_s):
+        kept, predicted = score_kept(plan, scores, bench.groups), predict_ms(plan, bench.profile)
+        if kept is None or plan.is_empty or predicted >= base_ms:
+            continue
+        if limits.latency_ms is not None and predicted * scale * slack > limits.latency_ms:
+            continue
+        found.setdefault(plan.digest, Candidate(position, predicted, kept))
+    front: list[Candidate] = []
+    for candidate in sorted(found.values(), key=lambda c: (c.predicted_ms, -c.score_kept, c.position)):
+        if not front or candidate.score_kept > front[-1].score_kept:
+            front.append(candidate)
+    return _spread(front, keep)
+
+
+def _plans(bench: Bench, params: Iterable[TrialParams], limit_s: float) -> Iterable[tuple[int, PruningPlan]]:
+    end = time.monotonic() + limit_s
+    for position, asked in enumerate(params):
+        if time.monotonic() > end:
+            return
+        yield position, make_plan(asked, rerank(asked, bench), bench)
+
+
+def _spread(front: Sequence[Candidate], keep: int) -> list[Candidate]:
+    """Those nearest to `keep` latencies spaced evenly between the front's ends, the ends left out."""
+    if len(front) <= keep:
+        return list(front)
+    low, high = front[0].predicted_ms, front[-1].predicted_ms
+    chosen: list[Candidate] = []
+    for i in range(keep):
+        wanted = low + (high - low) * (i + 0.5) / keep
+        left = [c for c in front if c not in chosen]
+        chosen.append(min(left, key=lambda c: (abs(c.predicted_ms - wanted), c.position)))
+    return sorted(chosen, key=lambda c: c.predicted_ms)
