@@ -84,7 +84,8 @@ def export_best(
         except ValueError as error:
             raise SearchError(f"export refused: {error}") from error
         notice(
-            f"outputs equal PyTorch's within {parity:.1e} (allowed {PARITY_TOLERANCE:g}) on "
+            f"outputs equal PyTorch's within {parity:.1e} (allowed "
+            f"{PARITY_TOLERANCE[artifact.precision]:g}) on "
             f"{_PARITY_IMAGES} images"
         )
         accuracy = shop.task.evaluate(open_artifact(artifact, threads=study.device(device).threads))
@@ -167,7 +168,7 @@ def metrics_json(
         "input_shape": list(shop.task.input_shape),
         "parity": {
             "largest_relative_difference": parity,
-            "allowed": PARITY_TOLERANCE,
+            "allowed": PARITY_TOLERANCE[study.device(result.device).precision],
             "images": _PARITY_IMAGES,
         },
         "model_key": shop.task.model_key,

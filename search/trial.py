@@ -273,6 +273,9 @@ def _result(
     plan, verdict = known.plan, known.verdict
     assert plan is not None
     comparison = verdict.comparison if verdict else known.timed.comparison if known.timed else None
+    accuracy = max(known.epochs, default=None)
+    if verdict and verdict.accuracy is not None:
+        accuracy = verdict.accuracy
     details: dict[str, Any] = {
         "score_kept": known.score_kept,
         "size_mb": known.timed.size_mb if known.timed else None,
@@ -292,7 +295,7 @@ def _result(
         asked=params,
         state="complete" if stopped is None else "stopped",
         reason=stopped,
-        accuracy=max(known.epochs) if known.epochs else None,
+        accuracy=accuracy,
         predicted_latency_ms=predict_ms(plan, bench.profile),
         params=known.params,
         macs=verdict.macs if verdict else None,

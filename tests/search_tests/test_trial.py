@@ -17,7 +17,7 @@ from torch import nn
 
 import search.bench
 import search.judge
-from profiles.artifact import Artifact, LayerSpec, open_artifact
+from profiles.artifact import Artifact, LayerSpec, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
@@ -446,3 +446,23 @@ def test_check_widths_knows_the_bench(bench: Bench) -> None:
     plan = make_plan(PARAMS, rerank(PARAMS, bench), bench)
     with pytest.raises(WidthError):
         check_widths(bench.task.load_model(), plan)
+
+
+def test_accuracy_in_a_narrow_precision_is_the_artifacts_own(bench: Bench, tmp_path: Path) -> None:
+    device = Device("narrow", "torch", threads=1, precision="bf16")
+    task = bench.task
+    baseline = export_artifact(
+        task.deployable(task.load_model()), device, tmp_path / "baseline", task.input_shape
+    )
+    folder = tmp_path / "trial"
+    result = run_trial(1, PARAMS, replace(bench, device=device, baseline=baseline), folder, Listener())
+    shipped = replace(baseline, path=folder / "model.pt2")
+    assert result.accuracy == task.evaluate(open_artifact(shipped, threads=1))
+    assert result.details["parity"] > 1e-3  # which fp32 would not be allowed
+
+
+def test_every_sample_of_a_measurement_is_kept(done: tuple[TrialResult, Path, Listener]) -> None:
+    result, folder, _ = done
+    kept = Comparison.from_json(json.loads((folder / "measurement.json").read_text()))
+    assert kept.candidate.p50_ms == result.latency_raw_ms
+    assert len(kept.candidate.samples_ms) == result.details["samples"]
