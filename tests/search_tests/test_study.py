@@ -91,7 +91,9 @@ def make_bench(device: Device, fingerprint: str = "print", model_key: str = "mod
     )
     profile = LatencyProfile(device, fingerprint, "model", (1, 3, 8, 8), layers, 4.7, {"act": 0.5}, 4, model)
     scores = ChannelScores("taylor", model_key, "data", {name: rng.random(n) for name, n in LAYERS.items()})
-    task: Any = SimpleNamespace(model_key=model_key, data_key="data", input_shape=(1, 3, 8, 8))
+    task: Any = SimpleNamespace(
+        model_key=model_key, data_key="data", input_shape=(1, 3, 8, 8), metric="top-1"
+    )
     return Bench(
         task=task,
         device=device,
