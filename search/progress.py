@@ -74,7 +74,7 @@ class ConsoleProgress:
             self._console.print(f"  epoch {done} of {epochs}: {self._metric} {accuracy:.4f}")
 
     def trial_ends(self, result: TrialResult, front: ParetoFront | None) -> None:
-        if result.trial > 0:
+        if result.trial > 0 and not result.was_only_planned:  # which took no time and counts for nothing
             self._done[result.device] = self._done.get(result.device, 0) + 1
             self._spent_s.append(time.monotonic() - self._began)
         if front is not None:

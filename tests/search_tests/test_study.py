@@ -37,11 +37,15 @@ from search.groups import ChannelGroup, ChannelGroups, Member
 from search.heartbeat import Watch, identity
 from search.limits import excess_of
 from search.loop import run_search
+from search.proxy import score_kept
+from search.rerank import group_scores
 from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
+from search.screening import first_points
+from search.space import params_at, scattered_points
 from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
 from search.studyfile import Limits, StudyFile, load_study_file
-from search.trial import Bench, make_plan, rerank
+from search.trial import Bench, make_plan, predict_ms, rerank
 from search.workspace import Workspace, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,7 +95,9 @@ def make_bench(device: Device, fingerprint: str = "print", model_key: str = "mod
     )
     profile = LatencyProfile(device, fingerprint, "model", (1, 3, 8, 8), layers, 4.7, {"act": 0.5}, 4, model)
     scores = ChannelScores("taylor", model_key, "data", {name: rng.random(n) for name, n in LAYERS.items()})
-    task: Any = SimpleNamespace(model_key=model_key, data_key="data", input_shape=(1, 3, 8, 8))
+    task: Any = SimpleNamespace(
+        model_key=model_key, data_key="data", input_shape=(1, 3, 8, 8), metric="top-1"
+    )
     return Bench(
         task=task,
         device=device,
@@ -683,6 +689,58 @@ def test_a_plan_belongs_to_one_trial(study: StudyFile, trial: Callable[[RunTrial
     assert device_study.tell(second, replace(twin, latency_ms=None))
     told = device_study.optuna.get_trials()[second.number]
     assert told.values == device_study.optuna.get_trials()[1].values
+
+
+# ---- screening -----------------------------------------------------------------------------------
+
+
+def test_screening_finds_what_plans_promise(tmp_path: Path) -> None:
+    study = make_study(tmp_path, trials=12, screening={"candidates": 200, "keep": 3})
+    bench = make_bench(study.device("first").device())
+    points = first_points(study, "first", bench)
+    assert points == first_points(study, "first", bench)
+    assert points[0] == {"beta": 0.0, "ratio": 0.0}
+    assert len(points) == 1 + 4 + 3
+    screened = [params_at(study.search, point, 4) for point in points[-3:]]
+    assert all(0.1 <= p.ratio <= 0.7 for p in screened)
+    plans = [make_plan(p, rerank(p, bench), bench) for p in screened]
+    predicted = [predict_ms(plan, bench.profile) for plan in plans]
+    assert predicted == sorted(predicted)
+    # Of all 200 none is both faster and keeps more of the scores.
+    scores = group_scores(bench.scores["taylor"].layers, bench.groups)
+    others = [params_at(study.search, point, 4) for point in scattered_points(study.search, 200, 0)]
+    for other in others:
+        plan = make_plan(other, rerank(other, bench), bench)
+        for one, ms in zip(plans, predicted, strict=True):
+            kept, mine = (score_kept(p, scores, bench.groups) for p in (plan, one))
+            assert kept is not None
+            assert mine is not None
+            assert not (predict_ms(plan, bench.profile) < ms and kept > mine)
+
+
+def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> None:
+    limits = {"latency_ms": 2.0}
+    study = make_study(tmp_path, trials=12, limits=limits, screening={"candidates": 200, "keep": 3})
+    bench = make_bench(study.device("first").device())
+    for point in first_points(study, "first", bench)[5:]:
+        params = params_at(study.search, point, 4)
+        assert predict_ms(make_plan(params, rerank(params, bench), bench), bench.profile) <= 2.0
+    off = study.model_copy(update={"screening": study.screening.model_copy(update={"keep": 0})})
+    assert len(first_points(off, "first", bench)) == 5
+    short = study.model_copy(update={"trials": 3})
+    assert len(first_points(short, "first", bench)) == 3  # no more than is going to be run
+
+
+def test_a_limit_set_or_lifted_later_leaves_the_constraints_alike(tmp_path: Path) -> None:
+    """The GP sampler refuses to go on where complete trials differ in theirs."""
+    study = make_study(tmp_path, limits={"latency_ms": 4.0}, search={"sampler": "gp"}, trials=12)
+    go(study, trials=7)
+    go(make_study(tmp_path, limits={"accuracy": 0.5}, search={"sampler": "gp"}, trials=12), trials=9)
+    loaded = optuna.load_study(study_name="study.first", storage=open_storage(study, Workspace(study.folder)))
+    assert {tuple(t.constraints) for t in loaded.trials if t.state == TrialState.COMPLETE} == {
+        ("latency_ms",)
+    }
+    assert loaded.trials[-1].constraints["latency_ms"] == -1.0
 
 
 # ---- limits, storage -----------------------------------------------------------------------------

@@ -43,6 +43,7 @@ def load_stand_ins() -> ModuleType:
 
 
 STAND_INS = load_stand_ins()
+opened_storage = open_storage
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,25 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def storage(server: str, request: pytest.FixtureRequest) -> str:
-    """The address of an empty database."""
+def storage(server: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of an empty database; what this process opens there is closed again."""
     import psycopg
+
+    opened: list[Any] = []
+
+    def remembered(*arguments: Any) -> Any:
+        opened.append(open_storage(*arguments))
+        return opened[-1]
+
+    monkeypatch.setitem(globals(), "opened_storage", remembered)
 
     name = f"optuna_{abs(hash(request.node.name))}"
     with psycopg.connect(server, autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
-    return server.replace("/postgres?", f"/{name}?")
+    yield server.replace("/postgres?", f"/{name}?")
+    for one in opened:
+        one.remove_session()
+        one.engine.dispose()
 
 
 def start(
@@ -108,7 +120,7 @@ def log_of(folder: Path) -> list[tuple[str, int]]:
 def study_in(folder: Path, storage: str) -> DeviceStudy:
     file = STAND_INS.make_study(folder / "main", storage=storage, trials=12)
     workspace = Workspace(file.folder)
-    found = DeviceStudy.existing(file, "first", open_storage(file, workspace), workspace)
+    found = DeviceStudy.existing(file, "first", opened_storage(file, workspace), workspace)
     assert found is not None
     return found
 
@@ -125,9 +137,8 @@ def test_workers_share_a_study_and_no_trial_is_lost_or_doubled(tmp_path: Path, s
     assert len({host for host, _ in ran}) > 1
     assert len(study.optuna.get_trials()) == 13  # nor was one begun and thrown away
     asked = [(r.asked.beta, r.asked.ratio) for r in study.results()]
-    assert asked[:5] == [
-        (0.0, 0.0), (0.0, pytest.approx(0.4)), (0.0, pytest.approx(0.25)), (0.0, pytest.approx(0.55)), (0.5, 0.3),
-    ]  # fmt: skip
+    known = [(0.0, 0.0), (0.0, 0.4), (0.0, 0.25), (0.0, 0.55), (0.5, 0.3)]
+    assert asked[:5] == [(beta, pytest.approx(ratio)) for beta, ratio in known]
     assert len(set(asked)) == 13
 
 

@@ -1,0 +1,267 @@
+"""How soon and how far the front grows: our default search against simpler ones, in equal wall-clock time.
+
+On BCCD (YOLOv8n, `examples/bccd.yaml`) or any classification study file, one device, three seeds:
+
+- `ours`: the study file's own settings.
+- `random`, `grid`: the same search with that sampler, nothing stopped or screened.
+- `plain-tpe`, `plain-nsga2`: the loop that a user would write today. In every trial a fresh Optuna
+  suggestion, scores computed and layers profiled anew, the model pruned, trained for all epochs, exported and
+  measured; no known points, nothing stopped.
+
+Each gets the same number of seconds after the unpruned model was measured. Hypervolume is that of
+`ParetoFront`, relative to the unpruned model, at times spread over the run. Printed besides: what share of a
+trial of ours is neither training, evaluation nor measurement, by step.
+
+Targets (`--check`): the plain loops' final hypervolume reached by ours in at most a third of the time; ours
+at least 1.1 times the best other one at the end; overhead below 3%.
+Takes five times three times `--minutes`: 10 hours with the default 40. To look at it:
+`uv run python benchmarks/search.py --study examples/bccd.yaml --minutes 2 --seeds 1 --only ours,random`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from search.bench import Shop  # noqa: E402
+from search.front import ParetoFront  # noqa: E402
+from search.loop import run_search  # noqa: E402
+from search.result import TrialParams, TrialResult  # noqa: E402
+from search.space import params_at, searched_space  # noqa: E402
+from search.studyfile import StudyFile, load_study_file  # noqa: E402
+from search.trial import run_trial  # noqa: E402
+from search.workspace import Workspace  # noqa: E402
+
+WAYS = ("ours", "random", "grid", "plain-tpe", "plain-nsga2")
+PLAIN = ("plain-tpe", "plain-nsga2")
+#: Steps of a trial that are the work itself; everything else is overhead.
+WORK = ("recover", "measure")
+MANY = 100_000
+SPEED, GAIN, OVERHEAD = 3.0, 1.1, 0.03
+
+
+class Clocked:
+    """Progress and recorder in one: notes when each trial ended, and ends the search when its time is up.
+
+    The clock starts when the unpruned model is measured, which every way of searching has to do first.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._began = 0.0
+        self.found: list[tuple[float, TrialResult]] = []
+
+    def notice(self, text: str) -> None:
+        print(f"  {text}", file=sys.stderr)
+
+    def trial_begins(self, device: str, number: int, done: int, wanted: int, params: Any) -> None: ...
+
+    @property
+    def is_over(self) -> bool:
+        return bool(self.found) and time.monotonic() - self._began > self._seconds
+
+    def trial_ends(self, result: TrialResult, front: Any) -> None:
+        if result.trial == 0:
+            self._began = time.monotonic()
+        at = time.monotonic() - self._began
+        if at <= self._seconds:
+            self.found.append((at, result))
+        measured = f"{result.accuracy} at {result.latency_ms} ms"
+        print(
+            f"  {at:.0f} s: trial {result.trial} {result.state}: {result.reason or measured}", file=sys.stderr
+        )
+        if self.is_over:
+            signal.raise_signal(signal.SIGINT)  # as one Ctrl-C: the search ends here, in order
+
+    def step(self, name: str) -> None: ...
+
+    def epoch(self, done: int, epochs: int, accuracy: float) -> None: ...
+
+    def begin(self, bench: Any, earlier: Any) -> None: ...
+
+    def record(self, result: TrialResult, folder: Path) -> None: ...
+
+
+def settings(way: str) -> list[str]:
+    """What a way of searching sets in the study file."""
+    if way in ("random", "grid"):
+        return [f"search.sampler={way}", "stopping.enabled=false", "screening.keep=0"]
+    return []
+
+
+def searched(study: StudyFile, device: str, seconds: float) -> list[tuple[float, TrialResult]]:
+    """Our loop: seconds after the unpruned model was measured, and what was known then."""
+    watcher, shop = Clocked(seconds), Shop(study, Workspace(study.folder), notice=lambda text: None)
+    run_search(study, shop, [device], trials=MANY, timeout_s=None, progress=watcher, recorder=watcher)
+    return watcher.found
+
+
+def plain(study: StudyFile, device: str, seconds: float, way: str) -> list[tuple[float, TrialResult]]:
+    """The loop of today, with nothing kept from one trial to the next but Optuna's study."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    samplers = {"plain-tpe": optuna.samplers.TPESampler, "plain-nsga2": optuna.samplers.NSGAIISampler}
+    trials = optuna.create_study(directions=["maximize", "minimize"], sampler=samplers[way](seed=study.seed))
+    watcher, shop = Clocked(seconds), Shop(study, Workspace(study.folder), notice=lambda text: None)
+    target = study.device(device).device()
+    bench = shop.bench(target)
+    zero = run_trial(0, TrialParams(), bench, shop.workspace.trial(device, 0), watcher)
+    watcher.trial_ends(zero, None)
+    while not watcher.is_over:
+        trial = trials.ask(searched_space(study.search))
+        number = trial.number + 1
+        bench = replace(
+            bench,
+            scores={name: shop.scores(name, refresh=True) for name in shop.criteria},
+            profile=shop.profile(target, refresh=True),
+            baseline_ms=zero.latency_ms,
+            baseline_p90_ms=zero.latency_p90_ms,
+        )
+        params = params_at(study.search, trial.params, bench.profile.channel_multiple)
+        try:
+            result = run_trial(number, params, bench, shop.workspace.trial(device, number), watcher)
+        except Exception as error:
+            trials.tell(trial, state=optuna.trial.TrialState.FAIL)
+            watcher.notice(f"trial {number} failed: {error}")
+            continue
+        trials.tell(trial, [result.accuracy, result.latency_ms])
+        with contextlib.suppress(KeyboardInterrupt):
+            watcher.trial_ends(result, None)
+    return watcher.found
+
+
+def hypervolume_at(found: Sequence[tuple[float, TrialResult]], moment_s: float) -> float:
+    """Of what was complete by then."""
+    return ParetoFront.of(result for at, result in found if at <= moment_s).hypervolume
+
+
+def time_to_reach(found: Sequence[tuple[float, TrialResult]], hypervolume: float) -> float | None:
+    """Seconds until the front covered that much; None where it never did."""
+    for at in sorted(at for at, _ in found):
+        if hypervolume_at(found, at) >= hypervolume:
+            return at
+    return None
+
+
+def overhead(results: Iterable[TrialResult]) -> dict[str, float]:
+    """Share of all trials' time by step, work included."""
+    totals: dict[str, float] = {}
+    for result in results:
+        for step, seconds in result.duration_s.items():
+            totals[step] = totals.get(step, 0.0) + seconds
+    whole = sum(totals.values()) or 1.0
+    return {step: seconds / whole for step, seconds in totals.items()}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the comparison; 1 with `--check` where a target is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--study", type=Path, default=ROOT / "examples" / "bccd.yaml")
+    parser.add_argument("--device", help="default: the study's last one")
+    parser.add_argument("--minutes", type=float, default=40.0, help="for each way and seed")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(WAYS), help="ways, separated by commas")
+    parser.add_argument("--set", action="append", default=[], help="as in paretoprune search")
+    parser.add_argument("--dir", type=Path, default=Path("runs/benchmark-search"))
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    options = parser.parse_args(arguments)
+    ways, seconds = options.only.split(","), options.minutes * 60
+    if unknown := [way for way in ways if way not in WAYS]:
+        parser.error(f"--only must be some of {', '.join(WAYS)}, got {unknown[0]}")
+    curves: dict[str, list[list[tuple[float, TrialResult]]]] = {way: [] for way in ways}
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    for seed in range(options.seeds):
+        for way in ways:
+            print(f"{way}, seed {seed}", file=sys.stderr)
+            chosen = [f"seed={seed}", *settings(way), *options.set]
+            folder = options.dir / f"{stamp}-{way}-{seed}"
+            study = load_study_file(options.study, chosen, folder)
+            device = options.device or study.devices[-1].name
+            run = plain(study, device, seconds, way) if way in PLAIN else searched(study, device, seconds)
+            curves[way].append(run)
+    document = summary(curves, seconds)
+    if options.json:
+        print(json.dumps(document, indent=1))
+    else:
+        show(document)
+    return 1 if options.check and not document["targets_met"] else 0
+
+
+def summary(curves: dict[str, list[list[tuple[float, TrialResult]]]], seconds: float) -> dict[str, Any]:
+    """Means over seeds."""
+    moments = np.linspace(0, seconds, 11)[1:]
+    rows = {
+        way: {
+            "hypervolume": [float(np.mean([hypervolume_at(run, t) for run in runs])) for t in moments],
+            "final": [hypervolume_at(run, seconds) for run in runs],
+            "trials": [len(run) - 1 for run in runs],
+            "complete": [sum(r.state == "complete" and r.trial > 0 for _, r in run) for run in runs],
+        }
+        for way, runs in curves.items()
+    }
+    document: dict[str, Any] = {"seconds": seconds, "moments_s": moments.tolist(), "ways": rows}
+    met = []
+    if "ours" in curves:
+        shares = overhead(r for run in curves["ours"] for _, r in run)
+        document["shares"] = shares
+        document["overhead"] = sum(share for step, share in shares.items() if step not in WORK)
+        met.append(document["overhead"] < OVERHEAD)
+        others = {way: float(np.mean(row["final"])) for way, row in rows.items() if way != "ours"}
+        if others:
+            document["gain"] = float(np.mean(rows["ours"]["final"])) / max(others.values())
+            met.append(document["gain"] >= GAIN)
+        for way in PLAIN:
+            if way in curves:
+                times = [
+                    time_to_reach(ours, hypervolume_at(theirs, seconds))
+                    for ours, theirs in zip(curves["ours"], curves[way], strict=True)
+                ]
+                document.setdefault("reached_s", {})[way] = times
+                met.append(all(t is not None and t <= seconds / SPEED for t in times))
+    document["targets_met"] = all(met)
+    return document
+
+
+def show(document: dict[str, Any]) -> None:
+    """The tables."""
+    minutes = [f"{t / 60:.1f}" for t in document["moments_s"]]
+    print(
+        f"Hypervolume, mean over seeds, after minutes\n\n| way | {' | '.join(minutes)} | trials | complete |"
+    )
+    print("| --- " + "| ---: " * (len(minutes) + 2) + "|")
+    for way, row in document["ways"].items():
+        values = " | ".join(f"{value:.4f}" for value in row["hypervolume"])
+        print(f"| {way} | {values} | {np.mean(row['trials']):.1f} | {np.mean(row['complete']):.1f} |")
+    if "shares" in document:
+        print("\n| step | share of our trials |\n| --- | ---: |")
+        for step, share in document["shares"].items():
+            print(f"| {step} | {share:.2%} |")
+        shown = f"{document['overhead']:.2%} (target below {OVERHEAD:.0%})"
+        print(f"\nNeither training, evaluation nor measurement: {shown}")
+    if "gain" in document:
+        print(f"Final hypervolume over the best other one's: {document['gain']:.3f} (target {GAIN})")
+    for way, times in document.get("reached_s", {}).items():
+        shown = ", ".join("never" if t is None else f"{t / document['seconds']:.2f}" for t in times)
+        print(f"Share of the time until ours reached the end of {way}: {shown} (target 0.33)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
