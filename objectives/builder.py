@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,17 +139,22 @@ def load_weights(model: nn.Module, path: Path) -> nn.Module:
     return model
 
 
-def load_pruned(model: nn.Module, path: Path) -> nn.Module:
+def load_pruned(model: nn.Module, path: Path, blocks: Iterable[str] = ()) -> nn.Module:
     """Load a pruned model's state dict into the unpruned architecture, narrowing its layers to the file's
     shapes, in place.
 
     This is how an exported classifier is opened again: `load_pruned(resnet56(), Path("model.pt"))`.
+
+    Args:
+        blocks: module paths of blocks that were removed as a whole; each becomes an identity.
 
     Raises:
         ValueError: names differ, or a shape that differs belongs to no convolution, linear layer or batch
         norm.
     """
     state = read_state(path)
+    for name in blocks:
+        model.set_submodule(name, nn.Identity())
     for name, module in model.named_modules():
         prefix = f"{name}." if name else ""
         weight = state.get(f"{prefix}weight")
