@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from profiles.device import Device
 
 # Ultralytics reads this once, when it is imported: its settings file must not be the user's.
 os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="paretoprune-tests-"))
@@ -134,3 +143,103 @@ def alive() -> Callable[[nn.Module, int, int], nn.Module]:
         return model.double().eval()
 
     return enliven
+
+
+@dataclass(frozen=True)
+class SshServer:
+    """A running sshd on this machine's loopback."""
+
+    port: int
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def device(self, **keys: Any) -> Device:
+        from profiles.device import Device
+
+        settings = {"name": "far", "runtime": "onnxruntime", "threads": 1}
+        return Device(**{**settings, "host": self.host, **keys})
+
+    @property
+    def host(self) -> str:
+        return f"ssh://127.0.0.1:{self.port}"
+
+    @property
+    def cache(self) -> Path:
+        """What the runner keeps on the device."""
+        return self.folder / "cache" / "paretoprune"
+
+    @property
+    def sessions(self) -> list[psutil.Process]:
+        """The processes that serve logins."""
+        return psutil.Process(self.process.pid).children(recursive=False)
+
+    def cut(self) -> None:
+        """End every login at once, as a dead line does."""
+        for session in self.sessions:
+            session.kill()
+
+    def make_key(self, name: str) -> Path:
+        path = self.folder / name
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
+        return path
+
+    @staticmethod
+    def free_port() -> int:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+
+    def use(
+        self, monkeypatch: pytest.MonkeyPatch, *, hosts: Path | None = None, key: Path | None = None
+    ) -> None:
+        """Log in with the server's own key, known host and Python, or with others."""
+        hosts, key = hosts or self.folder / "known_hosts", key or self.folder / "user_key"
+        options = ["-F", "none", "-i", str(key), "-o", "IdentitiesOnly=yes"]
+        options += ["-o", f"UserKnownHostsFile={hosts}"]
+        monkeypatch.setenv("PARETOPRUNE_SSH_OPTIONS", shlex.join(options))
+        monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
+        monkeypatch.setenv("PARETOPRUNE_SSH_PYTHON", shlex.quote(sys.executable))
+
+
+@pytest.fixture(scope="session")
+def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
+    """A real SSH server; skipped, with the reason, where there is none."""
+    sshd = "/usr/sbin/sshd"
+    if not (Path(sshd).is_file() and shutil.which("ssh") and shutil.which("ssh-keygen")):
+        pytest.skip("no SSH server or client here; install openssh-server")
+    if os.getuid() == 0:  # Only root's sshd asks for it.
+        Path("/run/sshd").mkdir(exist_ok=True)
+    folder, port = tmp_path_factory.mktemp("sshd"), SshServer.free_port()
+    for name in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    (folder / "authorized_keys").write_bytes((folder / "user_key.pub").read_bytes())
+    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {(folder / 'host_key.pub').read_text()}")
+    (folder / "sshd_config").write_text(
+        f"""
+        Port {port}
+        ListenAddress 127.0.0.1
+        HostKey {folder}/host_key
+        AuthorizedKeysFile {folder}/authorized_keys
+        PidFile none
+        StrictModes no
+        UsePAM no
+        PermitRootLogin yes
+        PasswordAuthentication no
+        SetEnv XDG_CACHE_HOME={folder}/cache
+        """
+    )
+    with (folder / "sshd.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sshd, "-D", "-e", "-f", folder / "sshd_config"], stderr=log, start_new_session=True
+        )
+    deadline = time.monotonic() + 20
+    while process.poll() is None and time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                break
+        time.sleep(0.05)
+    if process.poll() is not None:
+        pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text().strip()[-300:]}")
+    yield SshServer(port, process, folder)
+    process.terminate()
+    process.wait()

@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import shutil
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -26,97 +20,20 @@ from profiles.latency_profile import OTHER
 from profiles.measure import compare, measure, profile_layers
 
 Export = Callable[[Device, int], Artifact]
-SSHD = "/usr/sbin/sshd"
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running sshd; `sessions` are the processes that serve logins."""
-
-    port: int
-    process: subprocess.Popen[bytes]
-    folder: Path
-
-    def device(self, **keys: Any) -> Device:
-        settings = {"name": "far", "runtime": "onnxruntime", "threads": 1}
-        return Device(**{**settings, "host": f"ssh://127.0.0.1:{self.port}", **keys})
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache" / "paretoprune"
-
-    def cut(self) -> None:
-        """End every login at once, as a dead line does."""
-        for session in psutil.Process(self.process.pid).children(recursive=False):
-            session.kill()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def make_key(path: Path) -> Path:
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", path], check=True)
-    return path
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if not (Path(SSHD).is_file() and shutil.which("ssh") and shutil.which("ssh-keygen")):
-        pytest.skip("no SSH server or client here; install openssh-server")
-    if os.getuid() == 0:  # Only root's sshd asks for it.
-        Path("/run/sshd").mkdir(exist_ok=True)
-    folder = tmp_path_factory.mktemp("sshd")
-    host_key, user_key, port = make_key(folder / "host_key"), make_key(folder / "user_key"), free_port()
-    (folder / "authorized_keys").write_bytes(user_key.with_suffix(".pub").read_bytes())
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{port} {host_key.with_suffix('.pub').read_text()}")
-    (folder / "sshd_config").write_text(
-        f"""
-        Port {port}
-        ListenAddress 127.0.0.1
-        HostKey {host_key}
-        AuthorizedKeysFile {folder}/authorized_keys
-        PidFile none
-        StrictModes no
-        UsePAM no
-        PermitRootLogin yes
-        PasswordAuthentication no
-        SetEnv XDG_CACHE_HOME={folder}/cache
-        """
-    )
-    with (folder / "sshd.log").open("wb") as log:
-        process = subprocess.Popen(
-            [SSHD, "-D", "-e", "-f", folder / "sshd_config"], stderr=log, start_new_session=True
-        )
-    deadline = time.monotonic() + 20
-    while process.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.05)
-    if process.poll() is not None:
-        pytest.skip(f"sshd does not start here: {(folder / 'sshd.log').read_text().strip()[-300:]}")
-    yield Server(port, process, folder)
+def server(ssh_server: Any) -> Iterator[Any]:
+    yield ssh_server
     close_connections()
-    process.terminate()
-    process.wait()
 
 
 @pytest.fixture(autouse=True)
-def _options(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    use_options(server, monkeypatch, server.folder / "known_hosts", server.folder / "user_key")
+def _options(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.use(monkeypatch)
 
 
-def use_options(server: Server, monkeypatch: pytest.MonkeyPatch, hosts: Path, key: Path) -> None:
-    options = ["-F", "none", "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", f"UserKnownHostsFile={hosts}"]
-    monkeypatch.setenv("PARETOPRUNE_SSH_OPTIONS", shlex.join(options))
-    monkeypatch.delenv("SSH_AUTH_SOCK", raising=False)
-    monkeypatch.setenv("PARETOPRUNE_SSH_PYTHON", shlex.quote(sys.executable))
-
-
-def test_a_remote_device_is_described_measured_and_profiled(server: Server, export: Export) -> None:
+def test_a_remote_device_is_described_measured_and_profiled(server: Any, export: Export) -> None:
     far, near = server.device(), Device("near", "onnxruntime", threads=1)
     assert describe(far).fingerprint == describe(near).fingerprint
     assert (server.cache / f"runner-{ssh.runner_package()[0][:16]}.zip").is_file()
@@ -129,7 +46,7 @@ def test_a_remote_device_is_described_measured_and_profiled(server: Server, expo
 
 @pytest.mark.parametrize("runtime", ["openvino", "ncnn"])
 def test_a_model_of_two_files_is_sent_whole_and_only_once(
-    runtime: str, server: Server, export: Export, monkeypatch: pytest.MonkeyPatch
+    runtime: str, server: Any, export: Export, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "PIECE_BYTES", 1000)
     device = server.device(runtime=runtime)
@@ -144,7 +61,7 @@ def test_a_model_of_two_files_is_sent_whole_and_only_once(
     assert measure(device, artifact, rounds=1).p50_ms > 0
 
 
-def test_a_model_that_arrives_changed_is_refused(server: Server, export: Export) -> None:
+def test_a_model_that_arrives_changed_is_refused(server: Any, export: Export) -> None:
     device = server.device()
     wrong = replace(export(Device("near", "onnxruntime"), 16), digest="0" * 64)
     with pytest.raises(DeviceError, match="the model arrived with sha256"):
@@ -154,7 +71,7 @@ def test_a_model_that_arrives_changed_is_refused(server: Server, export: Export)
 
 
 def test_a_line_cut_in_the_middle_of_a_comparison_is_said_and_the_next_one_works(
-    server: Server, export: Export
+    server: Any, export: Export
 ) -> None:
     device, artifact = server.device(), export(Device("near", "onnxruntime"), 16)
     pid = connect(device).ask({"do": "hello", "runtime": "onnxruntime", "threads": 1}, timeout_s=60)["pid"]
@@ -182,7 +99,7 @@ def test_a_line_cut_in_the_middle_of_a_comparison_is_said_and_the_next_one_works
 
 
 def test_a_runner_that_is_asked_nothing_ends_by_itself(
-    server: Server, monkeypatch: pytest.MonkeyPatch
+    server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "IDLE_S", 1)
     link = connection.Connection(server.device())
@@ -191,35 +108,34 @@ def test_a_runner_that_is_asked_nothing_ends_by_itself(
         link.ask({"do": "facts", **server.device().to_json()}, timeout_s=10)
 
 
-def test_an_unknown_host_key_is_refused(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_host_key_is_refused(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     nobody = server.folder / "no_hosts"
-    use_options(server, monkeypatch, nobody, server.folder / "user_key")
+    server.use(monkeypatch, hosts=nobody)
     with pytest.raises(DeviceError, match=r"host key .* is not the one in known_hosts") as caught:
         describe(server.device(threads=2))
     assert not isinstance(caught.value, DeviceLostError)  # Another try would not help.
-    other = make_key(server.folder / "other_host_key").with_suffix(".pub").read_text()
+    other = server.make_key("other_host_key").with_suffix(".pub").read_text()
     nobody.write_text(f"[127.0.0.1]:{server.port} {other}")
     with pytest.raises(DeviceError, match=r"host key .* is not the one in known_hosts"):
         describe(server.device(threads=2))
     assert nobody.read_text().count("\n") == 1
 
 
-def test_a_refused_login_says_how_to_try_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    stranger = make_key(server.folder / "stranger")
-    use_options(server, monkeypatch, server.folder / "known_hosts", stranger)
+def test_a_refused_login_says_how_to_try_it(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.use(monkeypatch, key=server.make_key("stranger"))
     with pytest.raises(DeviceError, match=r"refused the login .* without a question: ssh .*127\.0\.0\.1"):
         describe(server.device(threads=2))
 
 
-def test_a_machine_without_python_is_said(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_without_python_is_said(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARETOPRUNE_SSH_PYTHON", "no-such-python3")
     with pytest.raises(DeviceError, match=r"cannot start python3 .*install Python 3.9 or later"):
         describe(server.device(threads=2))
 
 
-def test_a_machine_that_is_away_is_lost(server: Server) -> None:
+def test_a_machine_that_is_away_is_lost(server: Any) -> None:
     with pytest.raises(DeviceLostError, match=r"no connection to ssh://127.0.0.1:\d+ .*refused"):
-        describe(server.device(host=f"ssh://127.0.0.1:{free_port()}"))
+        describe(server.device(host=f"ssh://127.0.0.1:{server.free_port()}"))
 
 
 def test_a_machine_that_does_not_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
