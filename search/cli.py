@@ -220,8 +220,9 @@ def front(
     dir: Dir = None,
 ) -> None:
     """Show the Pareto front of each device, and write the report."""
-    from .launch import fronts_of, write_study_report
+    from .found import fronts_of
     from .progress import front_table
+    from .review import write_study_report
 
     file = _load(study, set_, dir)
     names = _devices(file, device)
@@ -253,27 +254,66 @@ def export(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: exports/<device> in the output folder."),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="RUNTIME", help="Write it for this runtime too. May be repeated."),
+    ] = None,
     register: Annotated[
         bool, typer.Option("--register", help="Put it into MLflow's model registry as <study>.<device>.")
     ] = False,
+    from_registry: Annotated[
+        bool,
+        typer.Option("--from-registry", help="Fetch the registered model instead: needs no trials here."),
+    ] = False,
+    alias: Annotated[
+        str, typer.Option("--alias", metavar="ALIAS", help="With --from-registry: champion or previous.")
+    ] = "champion",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the file again; exit 1 where it is not as fast as recorded."),
+    ] = False,
+    as_json: AsJson = False,
     set_: Set = None,
     dir: Dir = None,
 ) -> None:
     """Export the best model of a device: the knee of its front, or the one that fits the limits."""
-    from .export import export_best
+    from .champion import fetch_export, register_export
+    from .export import export_best, read_metrics
+    from .remeasure import remeasure
+    from .studyfile import StudyFileError
 
-    file = _load(study, set_, dir)
-    done = export_best(
-        file,
-        file.device(device).name,
-        max_latency_ms=max_latency,
-        min_accuracy=min_accuracy,
-        trial=trial,
-        out=out_dir,
-        register=register,
-        notice=err.print,
-    )
-    out.print(str(done))
+    chosen = {"--max-latency": max_latency, "--min-accuracy": min_accuracy, "--trial": trial}
+    asked = [option for option, value in chosen.items() if value is not None]
+    if from_registry and (asked or also or register):
+        words = ", ".join([*asked, *(["--also"] if also else []), *(["--register"] if register else [])])
+        raise StudyFileError("--from-registry", [f"fetches what was registered and takes no {words}"])
+    if trial is not None and len(asked) > 1:
+        raise StudyFileError("--trial", [f"names one point and takes no {', '.join(asked[:-1])}"])
+    file = _load(study, set_, dir, needs_files=measure or not from_registry)
+    name = file.device(device).name
+    if from_registry:
+        done = fetch_export(file, name, alias=alias, out=out_dir, notice=_tell)
+    else:
+        done = export_best(
+            file,
+            name,
+            max_latency_ms=max_latency,
+            min_accuracy=min_accuracy,
+            trial=trial,
+            out=out_dir,
+            also=also or (),
+            notice=_tell,
+        )
+        if register:
+            _tell(register_export(file, name, done))
+    again = remeasure(file, name, done, notice=_tell) if measure else None
+    if as_json:
+        _print_json({"folder": str(done), **read_metrics(done)})
+    else:
+        out.print(str(done), highlight=False, soft_wrap=True)
+    if again is not None and not again.agrees:
+        _say("its latency and the recorded one do not agree; see paretoprune devices for what disturbs")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -309,7 +349,7 @@ def ui(
     import os
     import subprocess
 
-    from .launch import tracking_place
+    from .recorder import tracking_place
     from .ui import ui_command, ui_environment
 
     file = _load(study, set_, dir)
@@ -329,10 +369,16 @@ def ui(
 # -- helpers
 
 
-def _load(path: Path, overrides: list[str] | None, folder: Path | None) -> StudyFile:
+def _load(
+    path: Path, overrides: list[str] | None, folder: Path | None, *, needs_files: bool = True
+) -> StudyFile:
     from .studyfile import load_study_file
 
-    return load_study_file(path, overrides or (), folder)
+    return load_study_file(path, overrides or (), folder, needs_files=needs_files)
+
+
+def _tell(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shop(file: StudyFile) -> Shop:

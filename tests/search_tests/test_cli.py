@@ -128,7 +128,7 @@ def test_search_front_and_export(run: Run, folder: Path, shapes: Any, tmp_path: 
     assert made.code == 0, made.err
     assert made.out.replace("\n", "") == str(target)
     assert {p.name for p in target.iterdir()} == {
-        "model.onnx", "model.pt", "model.safetensors", "plan.json", "metrics.json",
+        "model.onnx", "model.pt", "model.safetensors", "plan.json", "metrics.json", "MODEL_CARD.md",
     }  # fmt: skip
     metrics = json.loads((target / "metrics.json").read_text())
     assert abs(metrics["accuracy_of_artifact"] - metrics["accuracy"]) <= 0.005
