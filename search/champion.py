@@ -5,6 +5,7 @@ Between exported folders, which know no registry, and the registry, which knows 
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -38,12 +39,20 @@ def register_export(study: StudyFile, device: str, folder: Path) -> str:
             f"trial {metrics['trial']} must have a run in MLflow to be registered, and has none; run "
             f"paretoprune search {study.source.name} to send what waits, then export again"
         )
+    # Not the files' bytes: a checkpoint carries the date of its writing.
+    same = (
+        metrics["run_id"],
+        metrics["plan_digest"],
+        metrics["files"]["model.safetensors"],
+        *metrics["artifacts"],
+    )
     shown = ("trial", "metric", "accuracy", "latency_ms", "latency_p90_ms", "speedup", "fingerprint")
     done = register_model(
         open_tracker(study).client(),
         model_name(study, device),
         folder,
         metrics["run_id"],
+        identity=hashlib.sha256("\n".join(same).encode()).hexdigest(),
         tags={key: str(metrics[key]) for key in (*shown, "plan_digest", "model_key", "data_key")},
         description=(folder / CARD).read_text(encoding="utf-8"),
     )

@@ -6,9 +6,10 @@ What the command, the quickstart and a notebook call.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from .bench import Shop
-from .found import find
+from .found import find, front_so_far
 from .front import ParetoFront
 from .recorder import MlflowRecorder, open_tracker
 from .reference import measure_references, open_references
@@ -39,12 +40,7 @@ def launch(
     _ = shop.task
     references = open_references(study)
     tracker = open_tracker(study, progress.notice)
-
-    def front_of(device: str) -> ParetoFront | None:
-        found = find(study, device)
-        return None if found is None else found.front
-
-    recorder = MlflowRecorder(study, tracker, front_of)
+    recorder = MlflowRecorder(study, tracker, partial(front_so_far, study))
     interrupted = True
     try:
         fronts = run_search(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CHAMPION, PREVIOUS = "champion", "previous"
-_CONTENT = "paretoprune.content"
+_IDENTITY = "paretoprune.identity"
 _DESCRIPTION_CHARACTERS = 4900  # MLflow takes 5000
 
 
@@ -40,15 +40,17 @@ def register_model(
     folder: Path,
     run_id: str,
     *,
+    identity: str,
     tags: Mapping[str, str],
     description: str,
 ) -> Registered:
     """Make a folder the champion of a registered model; the champion so far becomes `previous`.
 
-    Registering the champion's own content again changes nothing.
+    Registering the champion again changes nothing: `previous` stays a model one can go back to.
 
     Args:
         run_id: the run that keeps the files.
+        identity: equal for folders that hold the same model.
         tags: of the version.
         description: of the version, Markdown.
 
@@ -57,9 +59,8 @@ def register_model(
     """
     from mlflow.exceptions import MlflowException
 
-    content = _content(folder)
     # By content: a version's files must not change when the same trial is exported again with other ones.
-    place = f"export/{content[:12]}"
+    place = f"export/{_content(folder)[:12]}"
     try:
         try:
             client.get_registered_model(name)
@@ -69,7 +70,7 @@ def register_model(
                 name, tags={"study": study, "device": device}, description=f"Pruned models for {device}"
             )
         before = _version(client, name, CHAMPION)
-        if before is not None and client.get_model_version(name, before).tags.get(_CONTENT) == content:
+        if before is not None and client.get_model_version(name, before).tags.get(_IDENTITY) == identity:
             return Registered(name, before, _version(client, name, PREVIOUS), is_new=False)
         client.log_artifacts(run_id, str(folder), place)
         if (folder / "model.onnx").is_file():
@@ -78,7 +79,7 @@ def register_model(
             name,
             source=f"runs:/{run_id}/{place}",
             run_id=run_id,
-            tags={**tags, _CONTENT: content},
+            tags={**tags, _IDENTITY: identity},
             description=description[:_DESCRIPTION_CHARACTERS],
         ).version
         if before is not None:

@@ -99,6 +99,7 @@ class Browser:
         os.close(write)
         self._buffer = b""
         self._number = 0
+        self._answers: dict[int, dict[str, Any]] = {}
         self._pages: dict[str, Page] = {}
         self.children: set[str] = set()
         self.contexts: list[tuple[str, int]] = []
@@ -123,19 +124,18 @@ class Browser:
         os.write(self._write, json.dumps(request).encode() + b"\0")
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            for message in self._messages(1.0):
-                if message.get("id") == number:
-                    if "error" in message:
-                        raise AssertionError(f"{method}: {message['error']}")
-                    return message["result"]
-                self._event(message)
+            if number in self._answers:
+                answer = self._answers.pop(number)
+                if "error" in answer:
+                    raise AssertionError(f"{method}: {answer['error']}")
+                return answer["result"]
+            self._receive(1.0)
         raise AssertionError(f"the browser does not answer {method}")
 
     def listen(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
         while (left := deadline - time.monotonic()) > 0:
-            for message in self._messages(left):
-                self._event(message)
+            self._receive(left)
 
     def close(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
@@ -150,15 +150,19 @@ class Browser:
         ):  # fmt: skip
             self.call(method, options, session)
 
-    def _messages(self, wait_s: float) -> Iterator[dict[str, Any]]:
-        # One message at a time: handling one may call, and the answer must not be read past.
+    def _receive(self, wait_s: float) -> None:
+        """Take one message. Handling an event may call, so calls may be under way inside each other."""
         if b"\0" not in self._buffer:
             ready, _, _ = select.select([self._read], [], [], max(0.0, wait_s))
             if ready:
                 self._buffer += os.read(self._read, 1 << 20)
         if b"\0" in self._buffer:
             text, _, self._buffer = self._buffer.partition(b"\0")
-            yield json.loads(text)
+            message = json.loads(text)
+            if "id" in message:
+                self._answers[message["id"]] = message
+            else:
+                self._event(message)
 
     def _event(self, message: dict[str, Any]) -> None:
         session, method = message.get("sessionId", ""), message.get("method")

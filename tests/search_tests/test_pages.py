@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -56,7 +57,9 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> C
         with pytest.raises(SystemExit) as stop:
             search.cli.main()
         out, err = capfd.readouterr()
-        assert not stop.value.code, f"{line}: {err}"
+        # On a busy machine a second measurement may disagree with the first, and says so.
+        allowed = (None, 0, 1) if "--measure" in line else (None, 0)
+        assert stop.value.code in allowed, f"{line}: {err}"
         if target:
             Path(target).write_text(out)
         return str(out)
@@ -170,6 +173,16 @@ def test_the_server_page(run: Any, searched: Any, monkeypatch: pytest.MonkeyPatc
 
     front = fronts_of(load_study_file(searched.study), ["desk"])["desk"].front
     assert done.stdout.splitlines()[-1] == str([p.trial for p in front.points])
+
+
+def test_the_servers_files_are_ones_that_docker_takes(tmp_path: Path) -> None:
+    """As far as it goes without pulling images: the page's first steps, then Compose's own check."""
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("needs docker with its compose plugin")
+    shutil.copytree(ROOT / "mlflow", tmp_path / "mlflow")
+    first = blocks("mlflow/README.md", "bash")[0].partition("docker compose")[0]
+    subprocess.run(["sh", "-ec", first + f"{docker} compose config --quiet"], cwd=tmp_path, check=True)
 
 
 def test_the_notebook_page(searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
