@@ -146,7 +146,7 @@ def _onnx(metrics: Mapping[str, Any], metadata: Mapping[str, str], detects: bool
                 "boxes, scores = output[:4].T, output[4:].T  # centre x, y, width, height; scores by class",
                 "for box, score in zip(boxes, scores):  # overlaps are not removed",
                 "    if score.max() > 0.25:",
-                "        found = (box / scale).round(1).tolist()",
+                "        found = [round(float(v), 1) for v in box / scale]",
                 "        print(int(score.argmax()), round(float(score.max()), 3), found)",
             ]
     else:

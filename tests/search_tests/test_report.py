@@ -295,7 +295,7 @@ def test_the_page_in_a_browser(
     browser: Any, page: Path, fronts: list[ParetoFront], width: int, is_phone: bool
 ) -> None:
     tab = browser.open(page.as_uri(), width, is_phone=is_phone)
-    tab.wait_for("document.readyState === 'complete'")
+    tab.wait_for("document.readyState === 'complete' && document.querySelector('.figure') !== null")
     tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")  # draws what is still far below
     tab.wait_for("[...document.querySelectorAll('.figure')].every((n) => n.dataset.drawn === 'true')")
     first = "document.querySelector('.figure[data-figure=device0-0]')"

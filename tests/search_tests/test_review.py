@@ -53,6 +53,7 @@ def test_the_report_in_a_browser(
     browser: Any, report: Path, found: dict[str, Found], width: int, is_phone: bool
 ) -> None:
     page = browser.open(report.as_uri(), width, is_phone=is_phone)
+    page.wait_for("document.readyState === 'complete' && document.querySelector('.figure') !== null")
     page.evaluate("window.dispatchEvent(new Event('beforeprint'))")  # draws what is still far below
     everything = "[...document.querySelectorAll('.figure')].every((n) => n.dataset.drawn === 'true')"
     page.wait_for(f"document.querySelectorAll('.figure').length > 10 && {everything}")

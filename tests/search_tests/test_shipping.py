@@ -83,7 +83,8 @@ def code_blocks(text: str) -> list[str]:
 
 
 def picture(shapes: Any, folder: Path) -> None:
-    source = sorted((shapes.data.parent / "images" / "val").iterdir())[0]
+    """One of the images that the detector was trained on, where it sees something."""
+    source = sorted((shapes.data.parent / "images" / "train").iterdir())[0]
     Image.open(source).save(folder / "image.jpg")
 
 
