@@ -10,13 +10,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+
+from .ending import guarded, say
 
 if TYPE_CHECKING:
     from .bench import Shop
@@ -312,7 +313,7 @@ def export(
     else:
         out.print(str(done), highlight=False, soft_wrap=True)
     if again is not None and not again.agrees:
-        _say("its latency and the recorded one do not agree; see paretoprune devices for what disturbs")
+        say(err, "its latency and the recorded one do not agree; see paretoprune devices for what disturbs")
         raise typer.Exit(1)
 
 
@@ -407,55 +408,7 @@ def _seconds(text: str) -> float:
 
 def main() -> None:
     """Entry point: turns what can go wrong into an exit code and a few lines."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
-
-
-def _guarded(run: Callable[[], Any]) -> int:
-    try:
-        code = run()
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped; the same command goes on from here")
-        return 130
-    except typer.Exit as stop:
-        return int(stop.exit_code)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(
-            error, "exit_code"
-        ):  # a wrong command line; Typer's own class is private
-            error.show()
-            return 2
-        if _Settings.debug:
-            err.print_exception()
-        if isinstance(error, _input_errors()):
-            _say(str(error) or type(error).__name__)
-            return 2
-        _say(f"failed: {error or type(error).__name__}")
-        if not _Settings.debug and not isinstance(error, _run_errors()):
-            err.print("run again with paretoprune --debug for the traceback", style="dim")
-        return 1
-    return code if isinstance(code, int) else 0
-
-
-def _say(text: str) -> None:
-    err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _run_errors() -> tuple[type[Exception], ...]:
-    """What says all there is to say; a traceback would add nothing."""
-    from profiles.connection import DeviceError
-
-    from .study import SearchError
-
-    return (SearchError, DeviceError)
-
-
-def _input_errors() -> tuple[type[Exception], ...]:
-    """What says that the input is wrong, not the run."""
-    from .front import NoSuchPointError
-    from .studyfile import StudyFileError
-    from .tracking import TrackingError
-
-    return (StudyFileError, NoSuchPointError, TrackingError)
+    sys.exit(guarded(lambda: app(standalone_mode=False), err, is_debugging=lambda: _Settings.debug))
 
 
 def _print_json(document: Any) -> None:

@@ -347,18 +347,13 @@ def _draw_limits(figure: Figure, asked: Mapping[str, float], colour: str, scale:
             add(place, line=line, annotation_text="limit", annotation_font_color=colour)
             continue
         beyond = place > high
-        edge = {"x": 1.0 if beyond else 0.0, "y": 0.0} if axis == "x" else {"x": 0.0, "y": float(beyond)}
+        x, y = (float(beyond), 0.0) if axis == "x" else (0.0, float(beyond))
         arrow = {"x": "←→", "y": "↓↑"}[axis][beyond]
+        anchors = {"xanchor": "right" if x else "left", "yanchor": "top" if y else "bottom"}
         figure.add_annotation(
-            **edge,
-            xref="paper",
-            yref="paper",
-            xanchor="right" if edge["x"] else "left",
-            yanchor="top" if edge["y"] else "bottom",
-            text=f"limit {place:g} {arrow}",
-            showarrow=False,
-            font={"color": colour, "size": 12},
-        )
+            x=x, y=y, xref="paper", yref="paper", text=f"limit {place:g} {arrow}", showarrow=False,
+            font={"color": colour, "size": 12}, **anchors,
+        )  # fmt: skip
 
 
 def _points(results: Sequence[TrialResult], scale: float) -> dict[str, Any]:
