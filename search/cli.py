@@ -1,7 +1,6 @@
 """The command line. Parses, calls, prints; decides nothing.
 
-stdout carries what was asked for, stderr progress and logs. Exit 0 done, 1 the run failed, 2 the input is
-wrong.
+stdout carries what was asked for, stderr progress and logs.
 """
 
 from __future__ import annotations
@@ -279,32 +278,18 @@ def export(
 ) -> None:
     """Export the best model of a device: the knee of its front, or the one that fits the limits."""
     from .champion import fetch_export, register_export
-    from .export import export_best, read_metrics
+    from .export import check_choice, export_best, read_metrics
     from .remeasure import remeasure
-    from .studyfile import StudyFileError
 
-    chosen = {"--max-latency": max_latency, "--min-accuracy": min_accuracy, "--trial": trial}
-    asked = [option for option, value in chosen.items() if value is not None]
-    if from_registry and (asked or also or register):
-        words = ", ".join([*asked, *(["--also"] if also else []), *(["--register"] if register else [])])
-        raise StudyFileError("--from-registry", [f"fetches what was registered and takes no {words}"])
-    if trial is not None and len(asked) > 1:
-        raise StudyFileError("--trial", [f"names one point and takes no {', '.join(asked[:-1])}"])
+    chosen = {"--trial": trial, "--max-latency": max_latency, "--min-accuracy": min_accuracy}
+    check_choice(chosen, {"--also": also, "--register": register}, from_registry=from_registry)
     file = _load(study, set_, dir, needs_files=measure or not from_registry)
     name = file.device(device).name
     if from_registry:
         done = fetch_export(file, name, alias=alias, out=out_dir, notice=_tell)
     else:
-        done = export_best(
-            file,
-            name,
-            max_latency_ms=max_latency,
-            min_accuracy=min_accuracy,
-            trial=trial,
-            out=out_dir,
-            also=also or (),
-            notice=_tell,
-        )
+        limits = {"max_latency_ms": max_latency, "min_accuracy": min_accuracy}
+        done = export_best(file, name, **limits, trial=trial, out=out_dir, also=also or (), notice=_tell)
         if register:
             _tell(register_export(file, name, done))
     again = remeasure(file, name, done, notice=_tell) if measure else None

@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,25 @@ def export_best(
         (folder / CARD).write_text(card, encoding="utf-8")
         replace_folder(folder, target)
     return target
+
+
+def check_choice(choice: Mapping[str, object], further: Mapping[str, object], *, from_registry: bool) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        choice: option to value of those that choose a point, None where not given.
+        further: the others that only make sense for an export of our own.
+
+    Raises:
+        StudyFileError: a trial and limits, or anything but an alias together with `--from-registry`.
+    """
+    asked = [option for option, value in choice.items() if value is not None]
+    if from_registry and (words := [*asked, *(option for option, value in further.items() if value)]):
+        raise StudyFileError(
+            "--from-registry", [f"fetches what was registered, so takes no {', '.join(words)}"]
+        )
+    if "--trial" in asked and len(asked) > 1:
+        raise StudyFileError("--trial", [f"names one point, so takes no {', '.join(asked[1:])}"])
 
 
 def check_target(target: Path) -> None:

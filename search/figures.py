@@ -348,11 +348,10 @@ def _draw_limits(figure: Figure, asked: Mapping[str, float], colour: str, scale:
             continue
         beyond = place > high
         x, y = (float(beyond), 0.0) if axis == "x" else (0.0, float(beyond))
-        arrow = {"x": "←→", "y": "↓↑"}[axis][beyond]
+        text = f"limit {place:g} " + {"x": "←→", "y": "↓↑"}[axis][beyond]
         anchors = {"xanchor": "right" if x else "left", "yanchor": "top" if y else "bottom"}
         figure.add_annotation(
-            x=x, y=y, xref="paper", yref="paper", text=f"limit {place:g} {arrow}", showarrow=False,
-            font={"color": colour, "size": 12}, **anchors,
+            x=x, y=y, xref="paper", yref="paper", text=text, showarrow=False, font_color=colour, **anchors
         )  # fmt: skip
 
 

@@ -232,6 +232,18 @@ def test_an_artifact_of_another_accuracy_is_not_exported(
             ["plan", "study.yaml", "--device", "ort", "--beta", "2", "--ratio", "1"],
             "2 faults --beta must lie in",
         ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--trial", "1", "--max-latency", "3"],
+            "--trial: 1 fault names one point, so takes no --max-latency",
+        ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--from-registry", "--trial", "1", "--register"],
+            "--from-registry: 1 fault fetches what was registered, so takes no --trial, --register",
+        ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--also", "tensorflow"],
+            "--also: 1 fault must be one of torch, onnxruntime, openvino, ncnn, got tensorflow",
+        ),
         (["nonsense"], "No such command 'nonsense'"),
         (["search"], "Missing argument"),
     ],
