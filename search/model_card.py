@@ -44,7 +44,8 @@ def _summary(metrics: Mapping[str, Any], metadata: Mapping[str, str], plan: Prun
     return (
         f"A {kind} for {side} pixels whose channels were pruned for this device (share removed "
         f"{asked['ratio']:.3f} of {asked['ratio_of']}, β {asked['beta']:.3f}, kept widths in multiples of "
-        f"{asked['round_to']}) and which was then trained for {metrics['finetune']['epochs']} epochs."
+        f"{asked['round_to']}) and which was then trained for "
+        f"{_many(metrics['finetune']['epochs'], 'epoch')}."
     )
 
 
@@ -73,9 +74,9 @@ def _numbers(metrics: Mapping[str, Any]) -> str:
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     settings = metrics["device_settings"]
     return (
-        f"{table}\n\nLatency is that of the exported file in {settings['runtime']}, {settings['threads']} "
-        f"threads, {settings['precision']}, measured in turns with the unpruned model on "
-        f"`{metrics['fingerprint']}`; in brackets 95% intervals. It holds for that machine only."
+        f"{table}\n\nLatency is that of the exported file in {settings['runtime']}, "
+        f"{_many(settings['threads'], 'thread')}, {settings['precision']}, measured in turns "
+        f"with the unpruned model on `{metrics['fingerprint']}`; in brackets 95% intervals. It holds for that machine only."
     )
 
 
@@ -218,6 +219,10 @@ def _provenance(metrics: Mapping[str, Any]) -> str:
         f"| file | sha256 |\n| --- | --- |\n{files}\n\n"
         "`plan.json` says which channels went, `metrics.json` holds every number of this page."
     )
+
+
+def _many(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
 def _count(number: int | None) -> str:
