@@ -21,7 +21,8 @@ from typing import Any
 
 from rich.console import Console
 
-from search.launch import fronts_of, launch
+from search.found import fronts_of
+from search.launch import launch
 from search.progress import ConsoleProgress, front_table
 from search.studyfile import load_study_file
 

@@ -84,10 +84,14 @@ def export_torch(
     """`model.pt2` by `torch.export`; metadata as extra file `metadata.json`. Weights keep their names."""
     import torch
     import torch.export
+    import torch.fx
 
     path = folder / "model.pt2"
     with torch.no_grad():
         program = torch.export.export(module, (torch.zeros(input_shape),), strict=False)
+    for part in program.graph_module.modules():
+        for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # places of source files on this machine, which a file keeps
     with warnings.catch_warnings():
         # Said of any program without the collective tensors it looks for; the file is complete.
         warnings.filterwarnings(

@@ -1,7 +1,6 @@
 """The command line. Parses, calls, prints; decides nothing.
 
-stdout carries what was asked for, stderr progress and logs. Exit 0 done, 1 the run failed, 2 the input is
-wrong.
+stdout carries what was asked for, stderr progress and logs.
 """
 
 from __future__ import annotations
@@ -10,13 +9,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+
+from .ending import guarded, say
 
 if TYPE_CHECKING:
     from .bench import Shop
@@ -220,8 +220,9 @@ def front(
     dir: Dir = None,
 ) -> None:
     """Show the Pareto front of each device, and write the report."""
-    from .launch import fronts_of, write_study_report
+    from .found import fronts_of
     from .progress import front_table
+    from .review import write_study_report
 
     file = _load(study, set_, dir)
     names = _devices(file, device)
@@ -253,27 +254,52 @@ def export(
         Path | None,
         typer.Option("--out", metavar="DIR", help="Default: exports/<device> in the output folder."),
     ] = None,
+    also: Annotated[
+        list[str] | None,
+        typer.Option("--also", metavar="RUNTIME", help="Write it for this runtime too. May be repeated."),
+    ] = None,
     register: Annotated[
         bool, typer.Option("--register", help="Put it into MLflow's model registry as <study>.<device>.")
     ] = False,
+    from_registry: Annotated[
+        bool,
+        typer.Option("--from-registry", help="Fetch the registered model instead: needs no trials here."),
+    ] = False,
+    alias: Annotated[
+        str, typer.Option("--alias", metavar="ALIAS", help="With --from-registry: champion or previous.")
+    ] = "champion",
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="Measure the file again; exit 1 where it is not as fast as recorded."),
+    ] = False,
+    as_json: AsJson = False,
     set_: Set = None,
     dir: Dir = None,
 ) -> None:
     """Export the best model of a device: the knee of its front, or the one that fits the limits."""
-    from .export import export_best
+    from .champion import fetch_export, register_export
+    from .export import check_choice, export_best, read_metrics
+    from .remeasure import remeasure
 
-    file = _load(study, set_, dir)
-    done = export_best(
-        file,
-        file.device(device).name,
-        max_latency_ms=max_latency,
-        min_accuracy=min_accuracy,
-        trial=trial,
-        out=out_dir,
-        register=register,
-        notice=err.print,
-    )
-    out.print(str(done))
+    chosen = {"--trial": trial, "--max-latency": max_latency, "--min-accuracy": min_accuracy}
+    check_choice(chosen, {"--also": also, "--register": register}, from_registry=from_registry)
+    file = _load(study, set_, dir, needs_files=measure or not from_registry)
+    name = file.device(device).name
+    if from_registry:
+        done = fetch_export(file, name, alias=alias, out=out_dir, notice=_tell)
+    else:
+        limits = {"max_latency_ms": max_latency, "min_accuracy": min_accuracy}
+        done = export_best(file, name, **limits, trial=trial, out=out_dir, also=also or (), notice=_tell)
+        if register:
+            _tell(register_export(file, name, done))
+    again = remeasure(file, name, done, notice=_tell) if measure else None
+    if as_json:
+        _print_json({"folder": str(done), **read_metrics(done)})
+    else:
+        out.print(str(done), highlight=False, soft_wrap=True)
+    if again is not None and not again.agrees:
+        say(err, "its latency and the recorded one do not agree; see paretoprune devices for what disturbs")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -309,7 +335,7 @@ def ui(
     import os
     import subprocess
 
-    from .launch import tracking_place
+    from .recorder import tracking_place
     from .ui import ui_command, ui_environment
 
     file = _load(study, set_, dir)
@@ -329,10 +355,16 @@ def ui(
 # -- helpers
 
 
-def _load(path: Path, overrides: list[str] | None, folder: Path | None) -> StudyFile:
+def _load(
+    path: Path, overrides: list[str] | None, folder: Path | None, *, needs_files: bool = True
+) -> StudyFile:
     from .studyfile import load_study_file
 
-    return load_study_file(path, overrides or (), folder)
+    return load_study_file(path, overrides or (), folder, needs_files=needs_files)
+
+
+def _tell(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _shop(file: StudyFile) -> Shop:
@@ -361,55 +393,7 @@ def _seconds(text: str) -> float:
 
 def main() -> None:
     """Entry point: turns what can go wrong into an exit code and a few lines."""
-    sys.exit(_guarded(lambda: app(standalone_mode=False)))
-
-
-def _guarded(run: Callable[[], Any]) -> int:
-    try:
-        code = run()
-    except (KeyboardInterrupt, typer.Abort):
-        err.print("stopped; the same command goes on from here")
-        return 130
-    except typer.Exit as stop:
-        return int(stop.exit_code)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(
-            error, "exit_code"
-        ):  # a wrong command line; Typer's own class is private
-            error.show()
-            return 2
-        if _Settings.debug:
-            err.print_exception()
-        if isinstance(error, _input_errors()):
-            _say(str(error) or type(error).__name__)
-            return 2
-        _say(f"failed: {error or type(error).__name__}")
-        if not _Settings.debug and not isinstance(error, _run_errors()):
-            err.print("run again with paretoprune --debug for the traceback", style="dim")
-        return 1
-    return code if isinstance(code, int) else 0
-
-
-def _say(text: str) -> None:
-    err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
-
-
-def _run_errors() -> tuple[type[Exception], ...]:
-    """What says all there is to say; a traceback would add nothing."""
-    from profiles.connection import DeviceError
-
-    from .study import SearchError
-
-    return (SearchError, DeviceError)
-
-
-def _input_errors() -> tuple[type[Exception], ...]:
-    """What says that the input is wrong, not the run."""
-    from .front import NoSuchPointError
-    from .studyfile import StudyFileError
-    from .tracking import TrackingError
-
-    return (StudyFileError, NoSuchPointError, TrackingError)
+    sys.exit(guarded(lambda: app(standalone_mode=False), err, is_debugging=lambda: _Settings.debug))
 
 
 def _print_json(document: Any) -> None:

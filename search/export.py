@@ -1,11 +1,10 @@
 """Export: one point of a front becomes a folder that can be shipped, checked before it is written.
 
     DIR/  the runtime's model file (model.onnx, model.pt2, ...), model.pt (for detection, opens with YOLO),
-    plan.json, metrics.json
+    plan.json, metrics.json, MODEL_CARD.md
 
-Replays the trial's plan on the original weights, loads the recovered state, and compares the artifact with
-the PyTorch model on real images and with the accuracy that the trial recorded. Of MLflow it knows the model
-registry, nothing else.
+Replays the trial's plan on the original weights, loads the recovered state, and compares each artifact with
+the PyTorch model on real images and with the accuracy that the trial recorded. Knows no registry.
 """
 
 from __future__ import annotations
@@ -14,28 +13,36 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from profiles.artifact import open_artifact
+from profiles.artifact import Artifact, export_artifact, open_artifact
+from profiles.device import RUNTIMES, Device
 
 from .bench import Shop
+from .found import Found, fronts_of
+from .front import ParetoFront
 from .judge import PARITY_TOLERANCE, check_parity, export_model
-from .launch import fronts_of, installed_version, open_tracker
+from .model_card import model_card
 from .plan import PruningPlan
 from .prune import check_widths, prune
+from .recorder import open_tracker, versions
 from .result import TrialResult
+from .review import study_arguments
 from .study import SearchError
-from .studyfile import StudyFile
+from .studyfile import StudyFile, StudyFileError
+from .uri import publishable
 from .workspace import Workspace, write_json
 
 FORMAT_VERSION = 1
-_REGISTERED_PATH = "export"
-#: How far the accuracy through the exported artifact may lie from the recorded one.
+#: How far the accuracy through an exported artifact may lie from the recorded one.
 ACCURACY_TOLERANCE = 0.005
+CARD = "MODEL_CARD.md"
 _PARITY_IMAGES = 8
-_PACKAGES = ("torch", "onnxruntime", "openvino", "ncnn", "ultralytics", "torch-pruning", "optuna", "mlflow")
+
+Notice = Callable[[str], None]
 
 
 def export_best(
@@ -46,83 +53,160 @@ def export_best(
     min_accuracy: float | None = None,
     trial: int | None = None,
     out: Path | None = None,
-    register: bool = False,
-    notice: Callable[[str], None] = print,
+    also: Sequence[str] = (),
+    notice: Notice = print,
 ) -> Path:
     """Export one point of a device's front; nothing said, its knee.
 
     Args:
         out: the folder to write; default `exports/<device>` in the output folder. Replaced as a whole, and
             only after the checks.
-        register: also make it the `champion` of `<study>.<device>` in MLflow's registry.
+        also: further runtimes to write the model for, in fp32; checked like the device's own, not timed.
 
     Returns:
         The folder.
 
     Raises:
         NoSuchPointError: no point of the front is within the limits.
-        SearchError: the trial's files are not on this machine, or the artifact fails a check.
+        SearchError: the trial's files cannot be had, or an artifact fails a check.
+        StudyFileError: `also` names no runtime, or `out` holds other files.
     """
+    unknown = sorted(set(also) - set(RUNTIMES))
+    if unknown:
+        raise StudyFileError("--also", [f"must be one of {', '.join(RUNTIMES)}, got {', '.join(unknown)}"])
     workspace = Workspace(study.folder)
+    target = out or workspace.folder / "exports" / device
+    check_target(target)
     found = fronts_of(study, [device])[device]
     chosen = found.front.choose(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, trial=trial)
-    source = workspace.trial(device, chosen.trial)
     notice(
         f"{device}: trial {chosen.trial}, accuracy {chosen.accuracy:.4f}, {chosen.latency_ms:.2f} ms "
         f"({chosen.speedup:.2f}x)"
     )
     shop = Shop(study, workspace, notice=notice)
-    model, plan = restore(shop, source, chosen)
-    target = out or workspace.folder / "exports" / device
+    model, plan = restore(shop, trial_folder(study, found, chosen, notice), chosen)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
-        artifact = export_model(model, shop.task, study.device(device).device(), folder)
-        try:
-            parity = check_parity(model, artifact, shop.task, _PARITY_IMAGES)
-        except ValueError as error:
-            raise SearchError(f"export refused: {error}") from error
-        notice(
-            f"outputs equal PyTorch's within {parity:.1e} (allowed "
-            f"{PARITY_TOLERANCE[artifact.precision]:g}) on "
-            f"{_PARITY_IMAGES} images"
-        )
-        accuracy = shop.task.evaluate(open_artifact(artifact, threads=study.device(device).threads))
-        assert chosen.accuracy is not None
-        if not abs(accuracy - chosen.accuracy) <= ACCURACY_TOLERANCE:
-            raise SearchError(
-                f"export refused: {shop.task.metric} through the artifact must be within "
-                f"{ACCURACY_TOLERANCE} of the recorded "
-                f"{chosen.accuracy:.4f}, got {accuracy:.4f}"
-            )
-        notice(f"{shop.task.metric} through the artifact {accuracy:.4f}, recorded {chosen.accuracy:.4f}")
+        own = study.device(device).device()
+        artifacts = [export_model(model, shop.task, own, folder)]
+        for runtime in dict.fromkeys(r for r in also if r != own.runtime):
+            other = Device(name=f"{device}-{runtime}", runtime=runtime)
+            artifacts.append(
+                export_artifact(
+                    shop.task.deployable(model), other, folder, shop.task.input_shape,
+                    shop.task.metadata(model),
+                )
+            )  # fmt: skip
+        checks = {a.path.name: _check(a, model, shop, chosen, own.threads, notice) for a in artifacts}
         plan.save(folder / "plan.json")
-        run_id = found.runs.get(chosen.trial, {}).get("run_id")
-        metrics = metrics_json(study, chosen, shop, run_id, parity=parity, accuracy=accuracy, folder=folder)
+        metrics = metrics_json(study, chosen, found, shop, checks=checks, folder=folder)
         write_json(folder / "metrics.json", metrics)
-        if target.exists():
-            shutil.rmtree(target)
-        folder.replace(target)
-    if register:
-        notice(register_export(study, device, target, run_id))
+        card = model_card(metrics, dict(shop.task.metadata(model)), plan)
+        (folder / CARD).write_text(card, encoding="utf-8")
+        replace_folder(folder, target)
     return target
+
+
+def check_choice(choice: Mapping[str, object], further: Mapping[str, object], *, from_registry: bool) -> None:
+    """Refuse options that contradict each other.
+
+    Args:
+        choice: option to value of those that choose a point, None where not given.
+        further: the others that only make sense for an export of our own.
+
+    Raises:
+        StudyFileError: a trial and limits, or anything but an alias together with `--from-registry`.
+    """
+    asked = [option for option, value in choice.items() if value is not None]
+    if from_registry and (words := [*asked, *(option for option, value in further.items() if value)]):
+        raise StudyFileError(
+            "--from-registry", [f"fetches what was registered, so takes no {', '.join(words)}"]
+        )
+    if "--trial" in asked and len(asked) > 1:
+        raise StudyFileError("--trial", [f"names one point, so takes no {', '.join(asked[1:])}"])
+
+
+def check_target(target: Path) -> None:
+    """Refuse a folder that an export must not replace.
+
+    Raises:
+        StudyFileError: it holds something else than an export.
+    """
+    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if not is_free and not (target / "metrics.json").is_file():
+        raise StudyFileError(
+            "--out",
+            [f"must be a new or empty folder, or one that an export wrote, got {target}, which holds more"],
+        )
+
+
+def replace_folder(folder: Path, target: Path) -> None:
+    """Put a finished folder in the place of an earlier export."""
+    if target.exists():
+        shutil.rmtree(target)
+    folder.replace(target)
+
+
+def _check(
+    artifact: Artifact, model: Any, shop: Shop, chosen: TrialResult, threads: int, notice: Notice
+) -> dict[str, float]:
+    """Compare an artifact with the model's outputs and with the recorded accuracy.
+
+    Raises:
+        SearchError: one of them is too far off.
+    """
+    try:
+        parity = check_parity(model, artifact, shop.task, _PARITY_IMAGES)
+    except ValueError as error:
+        raise SearchError(f"export refused: {error}") from error
+    notice(
+        f"{artifact.path.name}: outputs equal PyTorch's within {parity:.1e} (allowed "
+        f"{PARITY_TOLERANCE[artifact.precision]:g}) "
+        f"on {_PARITY_IMAGES} images"
+    )
+    accuracy = shop.task.evaluate(open_artifact(artifact, threads=threads))
+    assert chosen.accuracy is not None
+    if not abs(accuracy - chosen.accuracy) <= ACCURACY_TOLERANCE:
+        raise SearchError(
+            f"export refused: {shop.task.metric} through the artifact must be within "
+            f"{ACCURACY_TOLERANCE} of the recorded {chosen.accuracy:.4f}, got {accuracy:.4f}"
+        )
+    notice(
+        f"{artifact.path.name}: {shop.task.metric} through the artifact {accuracy:.4f}, "
+        f"recorded {chosen.accuracy:.4f}"
+    )
+    return {"accuracy": accuracy, "largest_relative_difference": parity}
+
+
+def trial_folder(study: StudyFile, found: Found, result: TrialResult, notice: Notice) -> Path:
+    """The folder with a trial's plan and weights; fetched from its MLflow run where another machine ran it.
+
+    Raises:
+        SearchError: they are neither here nor in MLflow.
+    """
+    folder = Workspace(study.folder).trial(result.device, result.trial)
+    missing = [n for n in ("plan.json", "model.safetensors") if not (folder / n).exists()]
+    if missing:
+        run_id = found.run_ids.get(result.trial)
+        if run_id is None or not open_tracker(study, notice).fetch(run_id, missing, folder):
+            raise SearchError(
+                f"trial {result.trial}: {' and '.join(missing)} must be in this output folder or in the "
+                "trial's MLflow run, and are in neither; export on the machine that ran it"
+            )
+        notice(f"trial {result.trial} ran elsewhere: its files were fetched from MLflow")
+    return folder
 
 
 def restore(shop: Shop, folder: Path, result: TrialResult) -> tuple[Any, PruningPlan]:
     """The recovered model of a trial: plan replayed on the original weights, recovered state loaded.
 
     Raises:
-        SearchError: the files are not here, or are not the recorded ones.
+        SearchError: the files are not the recorded ones.
     """
     from safetensors.torch import load_file
 
-    if not (folder / "model.safetensors").exists() or not (folder / "plan.json").exists():
-        raise SearchError(
-            f"the files of trial {result.trial} are not in this output folder; it ran on another machine, "
-            "or they were deleted. "
-            f"Its MLflow run holds them"
-        )
     plan = PruningPlan.load(folder / "plan.json")
     if plan.digest != result.plan_digest:
         raise SearchError(
@@ -139,48 +223,64 @@ def restore(shop: Shop, folder: Path, result: TrialResult) -> tuple[Any, Pruning
 def metrics_json(
     study: StudyFile,
     result: TrialResult,
+    found: Found,
     shop: Shop,
-    run_id: str | None,
     *,
-    parity: float,
-    accuracy: float,
+    checks: dict[str, dict[str, float]],
     folder: Path,
 ) -> dict[str, Any]:
-    """What was measured, on what, and how to run it again."""
-    return {
-        "format_version": FORMAT_VERSION,
-        "study": study.name,
-        "device": result.device,
-        "fingerprint": result.fingerprint,
-        "trial": result.trial,
-        "run_id": run_id,
-        "asked": result.asked.to_json(),
-        "metric": shop.task.metric,
-        "accuracy": result.accuracy,
-        "accuracy_of_artifact": accuracy,
-        "latency_ms": result.latency_ms,
-        "latency_p90_ms": result.latency_p90_ms,
-        "latency_ci_ms": _latency_interval(result),
-        "speedup": result.speedup,
-        "speedup_ci": list(result.speedup_ci) if result.speedup_ci else None,
-        "params": result.params,
-        "macs": result.macs,
-        "input_shape": list(shop.task.input_shape),
-        "parity": {
-            "largest_relative_difference": parity,
-            "allowed": PARITY_TOLERANCE[study.device(result.device).precision],
-            "images": _PARITY_IMAGES,
+    """What was measured, on what, and how to make it again; without paths of this machine and secrets."""
+    front: ParetoFront = found.front
+    own = next(iter(checks.values()))
+    words = [*study_arguments(study), "--device", result.device, "--trial", str(result.trial)]
+    uri = study.tracking_uri or ""
+    document: dict[str, Any] = publishable(
+        {
+            "format_version": FORMAT_VERSION,
+            "study": study.name,
+            "device": result.device,
+            "device_settings": replace(study.device(result.device).device(), host=None).to_json(),
+            "fingerprint": result.fingerprint,
+            "trial": result.trial,
+            "run_id": found.run_ids.get(result.trial),
+            "asked": result.asked.to_json(),
+            "finetune": study.finetune.model_dump(mode="json"),
+            "metric": shop.task.metric,
+            "accuracy": result.accuracy,
+            "accuracy_of_artifact": own["accuracy"],
+            "latency_ms": result.latency_ms,
+            "latency_p90_ms": result.latency_p90_ms,
+            "latency_ci_ms": latency_interval_ms(result),
+            "speedup": result.speedup,
+            "speedup_ci": list(result.speedup_ci) if result.speedup_ci else None,
+            "params": result.params,
+            "macs": result.macs,
+            "baseline": {
+                key: getattr(front.baseline, key)
+                for key in ("accuracy", "latency_ms", "latency_p90_ms", "params", "macs")
+            },
+            "input_shape": list(shop.task.input_shape),
+            "parity": {
+                "largest_relative_difference": own["largest_relative_difference"],
+                "allowed": PARITY_TOLERANCE[study.device(result.device).precision],
+                "images": _PARITY_IMAGES,
+            },
+            "artifacts": checks,
+            "model_key": shop.task.model_key,
+            "data_key": shop.task.data_key,
+            "plan_digest": result.plan_digest,
+            "finished_at": result.finished_at,
+            "versions": versions(),
+            "command": f"paretoprune export {' '.join(words)}",
         },
-        "model_key": shop.task.model_key,
-        "data_key": shop.task.data_key,
-        "plan_digest": result.plan_digest,
-        "files": {p.name: _sha256(p) for p in sorted(folder.iterdir()) if p.is_file()},
-        "versions": {name: found for name in _PACKAGES if (found := installed_version(name))},
-        "command": f"paretoprune export {study.source.name} --device {result.device} --trial {result.trial}",
-    }
+        uri,
+    )
+    # Last and as they are: a digest holds no secret, whatever its letters spell.
+    document["files"] = {p.name: sha256(p) for p in sorted(folder.iterdir()) if p.is_file()}
+    return document
 
 
-def _latency_interval(result: TrialResult) -> list[float] | None:
+def latency_interval_ms(result: TrialResult) -> list[float] | None:
     """The speedup's 95% interval as latencies."""
     if result.speedup_ci is None or result.latency_ms is None or result.speedup is None:
         return None
@@ -188,55 +288,24 @@ def _latency_interval(result: TrialResult) -> list[float] | None:
     return [unpruned / result.speedup_ci[1], unpruned / result.speedup_ci[0]]
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def register_export(study: StudyFile, device: str, folder: Path, run_id: str | None) -> str:
-    """Log an exported folder to its trial's run and register it.
-
-    The version gets the alias `champion`; the version that had it becomes `previous`.
-
-    Args:
-        run_id: MLflow's run of the exported trial.
-
-    Returns:
-        A line that says what was registered.
+def read_metrics(folder: Path) -> dict[str, Any]:
+    """metrics.json of an exported folder.
 
     Raises:
-        SearchError: the trial has no run in MLflow yet.
-        TrackingError: MLflow does not answer.
+        ValueError: another format version, or a file that is not the one recorded.
     """
-    from mlflow.exceptions import MlflowException
-
-    if run_id is None:
-        raise SearchError(
-            f"trial to register has no run in MLflow; run paretoprune search {study.source.name} to send "
-            "what waits"
-        )
-    client = open_tracker(study).client()
-    name = f"{study.name}.{device}"
-    client.log_artifacts(run_id, str(folder), _REGISTERED_PATH)
-    try:
-        client.get_registered_model(name)
-    except MlflowException:
-        client.create_registered_model(name, tags={"study": study.name, "device": device})
-    try:
-        before: str | None = client.get_model_version_by_alias(name, "champion").version
-    except MlflowException:
-        before = None
-    version = client.create_model_version(
-        name, source=f"runs:/{run_id}/{_REGISTERED_PATH}", run_id=run_id
-    ).version
-    if before is not None:
-        client.set_registered_model_alias(name, "previous", before)
-    client.set_registered_model_alias(name, "champion", version)
-    return f"registered {name} version {version} as champion" + (
-        f", version {before} is previous" if before else ""
-    )
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of an exported folder."""
     data: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    if data.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"metrics.json must have format_version {FORMAT_VERSION}, got {data.get('format_version')!r}"
+        )
+    for name, digest in data["files"].items():
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            raise ValueError(
+                f"{name} must be the file that metrics.json records, and is not; export it again"
+            )
     return data

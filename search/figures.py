@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from .front import ParetoFront
 from .result import TrialResult
+from .widths import Widths
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
-
-Widths = Mapping[str, tuple[int, int]]
-"""Layer to its output channels before and after pruning, in the network's order."""
 
 # At least 3:1 on white and on the report's dark ground, and apart for the common colour-blindnesses.
 COLOURS = ("#2f7fd0", "#cf6a17", "#14917b", "#a35fc4", "#d1476f", "#84800f")
@@ -33,6 +31,7 @@ def front_figure(
     limits: Mapping[str, Mapping[str, float]] | None = None,
     references: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     relative: bool = False,
+    metric: str = "accuracy",
 ) -> Figure:
     """Accuracy against latency: each device's front, its unpruned model as a star, dominated trials behind.
 
@@ -41,10 +40,12 @@ def front_figure(
     Args:
         results: by device, for the dominated trials.
         limits: by device `latency_ms` and `accuracy`, drawn as lines.
-        references: by device stock models to compare with, each `label`, `accuracy`, `latency_ms`.
+        references: by device stock models to compare with, as in `paretoprune front --json`: each `name`,
+            `accuracy`, `latency_ms`, `measured`, and `speedup` with `speedup_ci` where it was measured.
         relative: latency in percent of the device's unpruned model, to show unequal devices together.
+        metric: what the accuracy is, for the axis.
     """
-    figure = _figure("latency, % of the unpruned model" if relative else "latency, ms", "accuracy")
+    figure = _figure("latency, % of the unpruned model" if relative else "latency, ms", metric)
     for number, front in enumerate(fronts):
         colour, symbol = COLOURS[number % len(COLOURS)], SYMBOLS[number % len(SYMBOLS)]
         name = html.escape(front.device)
@@ -81,28 +82,24 @@ def front_figure(
             meta={"device": front.device, "role": "baseline"},
         )
         for place in (references or {}).get(front.device, ()):
-            label = html.escape(str(place["label"]))
+            label, how = html.escape(str(place["name"])), "measured" if place.get("measured") else "as given"
+            latency_ms, ci = place["latency_ms"] * scale, place.get("speedup_ci")
+            speedup = place.get("speedup") or 1.0
             figure.add_scatter(
-                x=[place["latency_ms"] * scale],
+                x=[latency_ms],
                 y=[place["accuracy"]],
                 mode="markers+text",
                 text=[label],
                 textposition="top center",
                 name=label,
-                hovertemplate=f"{label}<br>accuracy %{{y:.4f}}<br>%{{x:.2f}}<extra></extra>",
-                marker={"color": colour, "size": 11, "symbol": "x-thin-open", "line": {"width": 2}},
+                showlegend=False,
+                hovertemplate=f"<b>{label}</b>, {how}<br>accuracy %{{y:.4f}}<br>%{{x:.2f}}<extra></extra>",
+                marker={"color": colour, "size": 10, "symbol": "x-thin-open", "line": {"width": 2}},
+                error_x={**_bars([(latency_ms, speedup, ci)]), "color": colour, "thickness": 1, "width": 3},
+                textfont={"color": colour, "size": 11},
                 meta={"device": front.device, "role": "reference"},
             )
-        asked = (limits or {}).get(front.device, {})
-        dash = {"color": colour, "dash": "dash", "width": 1}
-        if "latency_ms" in asked:
-            figure.add_vline(
-                asked["latency_ms"] * scale, line=dash, annotation_text="limit", annotation_font_color=colour
-            )
-        if "accuracy" in asked:
-            figure.add_hline(
-                asked["accuracy"], line=dash, annotation_text="limit", annotation_font_color=colour
-            )
+        _draw_limits(figure, (limits or {}).get(front.device, {}), colour, scale)
     return figure
 
 
@@ -192,8 +189,8 @@ def profile_figure(profile: Mapping[str, Any]) -> Figure:
             row=row,
             col=1,
         )
-    figure.update_yaxes(title_text="latency, ms", row=1, col=1)
-    figure.update_yaxes(title_text="per channel, normalised", row=2, col=1)
+    figure.update_yaxes(title_text="ms", row=1, col=1)
+    figure.update_yaxes(title_text="δ̃, per channel", row=2, col=1)
     figure.update_xaxes(title_text="layer", row=2, col=1)
     figure.update_layout(showlegend=False)
     return figure
@@ -335,6 +332,29 @@ def _figure(x: str, y: str, figure: Any = None) -> Figure:
     return figure
 
 
+def _draw_limits(figure: Figure, asked: Mapping[str, float], colour: str, scale: float) -> None:
+    """Lines at the limits; one far from every point is named at the edge, where it does not squeeze them."""
+    for key, axis, add, factor in (
+        ("latency_ms", "x", figure.add_vline, scale),
+        ("accuracy", "y", figure.add_hline, 1.0),
+    ):
+        if key not in asked:
+            continue
+        place, values = asked[key] * factor, [v for trace in figure.data for v in trace[axis]]
+        low, high = min(values), max(values)
+        if low - 0.5 * (high - low) - 0.1 * high <= place <= high + 0.5 * (high - low) + 0.1 * high:
+            line = {"color": colour, "dash": "dash", "width": 1}
+            add(place, line=line, annotation_text="limit", annotation_font_color=colour)
+            continue
+        beyond = place > high
+        x, y = (float(beyond), 0.0) if axis == "x" else (0.0, float(beyond))
+        text = f"limit {place:g} " + {"x": "←→", "y": "↓↑"}[axis][beyond]
+        anchors = {"xanchor": "right" if x else "left", "yanchor": "top" if y else "bottom"}
+        figure.add_annotation(
+            x=x, y=y, xref="paper", yref="paper", text=text, showarrow=False, font_color=colour, **anchors
+        )  # fmt: skip
+
+
 def _points(results: Sequence[TrialResult], scale: float) -> dict[str, Any]:
     return {
         "x": [_value(r.latency_ms) * scale for r in results],
@@ -346,14 +366,16 @@ def _points(results: Sequence[TrialResult], scale: float) -> dict[str, Any]:
 
 
 def _interval_ms(results: Sequence[TrialResult], scale: float) -> dict[str, Any]:
-    """Error bars from the speedup's interval: a lower speedup is a higher latency."""
+    return _bars([(_value(r.latency_ms) * scale, r.speedup or 1.0, r.speedup_ci) for r in results])
+
+
+def _bars(values: Sequence[tuple[float, float, Sequence[float] | None]]) -> dict[str, Any]:
+    """Error bars of (latency, speedup, its interval): a lower speedup is a higher latency."""
     plus, minus = [], []
-    for r in results:
-        latency_ms = _value(r.latency_ms) * scale
-        low, high = r.speedup_ci or (None, None)
-        speedup = r.speedup or 1.0
-        plus.append(max(0.0, latency_ms * (speedup / low - 1)) if low else 0.0)
-        minus.append(max(0.0, latency_ms * (1 - speedup / high)) if high else 0.0)
+    for latency, speedup, interval in values:
+        low, high = interval or (None, None)
+        plus.append(max(0.0, latency * (speedup / low - 1)) if low else 0.0)
+        minus.append(max(0.0, latency * (1 - speedup / high)) if high else 0.0)
     return {"type": "data", "symmetric": False, "array": plus, "arrayminus": minus}
 
 

@@ -19,8 +19,10 @@ from objectives.synthetic import CLASSES, make_detection_set
 from objectives.task import Recovery
 
 from .export import export_best
-from .launch import fronts_of, launch, write_study_report
+from .found import fronts_of
+from .launch import launch
 from .progress import ConsoleProgress, front_table
+from .review import write_study_report
 from .studyfile import load_study_file
 
 IMGSZ = 128

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .figures import (
-    Widths,
     beta_ratio_figure,
     front_figure,
     hypervolume_figure,
@@ -26,8 +25,8 @@ from .figures import (
     pruned_share_figure,
 )
 from .front import ParetoFront
-from .plan import PruningPlan
 from .result import TrialResult
+from .widths import Widths
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -44,27 +43,6 @@ _COLUMNS = (
 )
 
 
-def layer_widths(plan: PruningPlan, original: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
-    """Output channels of each layer before and after a plan.
-
-    Args:
-        original: layer to its output channels in the unpruned model, in the network's order: those that keep
-            everything are then listed too. Without it only narrowed layers are, sorted by name.
-
-    Returns:
-        Layer to (before, after); batch norms are left out.
-    """
-    narrowed = {
-        name: (cut.channels_out, cut.kept_out)
-        for name, cut in plan.layers.items()
-        if cut.channels_in and cut.removed_out
-    }
-    if original is None:
-        return {name: narrowed[name] for name in sorted(narrowed, key=_in_order)}
-    every = {name: narrowed.get(name, (channels, channels)) for name, channels in original.items()}
-    return every | {name: width for name, width in narrowed.items() if name not in every}
-
-
 def write_report(
     path: Path,
     study: str,
@@ -77,7 +55,8 @@ def write_report(
     references: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     importances: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     run_ids: Mapping[str, Mapping[int, str]] | None = None,
-    study_file: str = "STUDY.yaml",
+    command: Sequence[str] = ("STUDY.yaml",),
+    metric: str = "accuracy",
 ) -> Path:
     """Write the page; a reader of `path` sees the old page or the new one, never half of it.
 
@@ -90,7 +69,8 @@ def write_report(
         widths: by trial number what `layer_widths` returns.
         limits, references, importances: see `front_figure` and `importance_figure`.
         run_ids: MLflow's run of each trial.
-        study_file: as the export command should name it.
+        command: how the export command names the study, words after `paretoprune export`.
+        metric: what the accuracy is.
 
     Raises:
         OSError: the file cannot be written.
@@ -108,19 +88,21 @@ def write_report(
         devices[device] = {
             **front.to_json({n: {"run_id": run_id} for n, run_id in runs.items()}),
             "knee": front.knee.trial,
-            "trials": _trials(front, trials, by_trial, runs, study_file),
+            "trials": _trials(front, trials, by_trial, runs, command),
         }
         shown = {
-            "front": front_figure([front], {device: trials}, limits=limits, references=references),
+            "front": front_figure(
+                [front], {device: trials}, limits=limits, references=references, metric=metric
+            ),
             **_more_figures(
                 front, trials, by_trial, (profiles or {}).get(device), (importances or {}).get(device)
             ),
         }
         names = {title: f"device{number}-{place}" for place, title in enumerate(shown)}
         figures.update({names[title]: figure for title, figure in shown.items()})
-        sections.append(_section(number, front, trials, names))
+        sections.append(_section(number, front, trials, names, (references or {}).get(device, ()), metric))
     if len(fronts) > 1:
-        figures["all"] = front_figure(fronts, relative=True)
+        figures["all"] = front_figure(fronts, relative=True, metric=metric)
     fills = {
         "TITLE": html.escape(f"{study}: Pareto fronts"),
         "BODY": _body(study, fronts, results, sections),
@@ -180,7 +162,7 @@ def _trials(
     trials: Sequence[TrialResult],
     widths: Mapping[int, Widths],
     run_ids: Mapping[int, str],
-    study_file: str,
+    command: Sequence[str],
 ) -> dict[str, Any]:
     """What the page shows of a trial once it is chosen."""
     on_front = {p.trial for p in front.points}
@@ -199,15 +181,27 @@ def _trials(
             "run_id": run_ids.get(number),
             "pareto": number in on_front,
             "widths": [[layer, *width] for layer, width in widths.get(number, {}).items()],
-            "command": shlex.join(_export_command(study_file, front.device, number)),
+            # Only a point of the front can be exported.
+            "command": shlex.join(_export_command(command, front.device, number))
+            if number in on_front
+            else None,
+            "instead": _instead(front, result),
         }
         for number, result in sorted(shown.items())
     }
 
 
-def _export_command(study_file: str, device: str, trial: int) -> list[str]:
+def _export_command(study: Sequence[str], device: str, trial: int) -> list[str]:
     out = f"export/{device}-trial-{trial}"
-    return ["paretoprune", "export", study_file, "--device", device, "--trial", str(trial), "--out", out]
+    return ["paretoprune", "export", *study, "--device", device, "--trial", str(trial), "--out", out]
+
+
+def _instead(front: ParetoFront, result: TrialResult) -> int | None:
+    """The point to take instead of a dominated trial: the most accurate of those at most as slow."""
+    if any(p.trial == result.trial for p in front.points) or result.fingerprint != front.fingerprint:
+        return None
+    within = [p.trial for p in front.points if (p.latency_ms or 0.0) <= (result.latency_ms or 0.0)]
+    return within[-1] if within else None
 
 
 def _body(
@@ -242,17 +236,25 @@ def _body(
     lines += [
         "</main>",
         '<footer class="soft small">Latency is measured on the exported model in its own runtime, in turns '
-        "with the unpruned model; bars and brackets are 95% intervals. Written by paretoprune.</footer>",
+        "with the unpruned model; bars and brackets are 95% intervals. Export commands are for the folder of "
+        "the study file. Written by paretoprune.</footer>",
     ]
     return "\n".join(lines)
 
 
-def _section(number: int, front: ParetoFront, trials: Sequence[TrialResult], names: Mapping[str, str]) -> str:
+def _section(
+    number: int,
+    front: ParetoFront,
+    trials: Sequence[TrialResult],
+    names: Mapping[str, str],
+    references: Sequence[Mapping[str, Any]],
+    metric: str,
+) -> str:
     device, base = html.escape(front.device), front.baseline
     ended = {state: sum(r.state == state for r in trials) for state in ("stopped", "failed")}
     fastest = front.points[0]
     facts = [
-        (f"{base.accuracy:.4f}", "accuracy, unpruned"),
+        (f"{base.accuracy:.4f}", f"{metric}, unpruned"),
         (f"{base.latency_ms:.2f} ms", "latency, unpruned"),
         (f"{fastest.speedup:.2f} times", "fastest point"),
         (f"{front.hypervolume:.3f}", "hypervolume"),
@@ -268,7 +270,7 @@ def _section(number: int, front: ParetoFront, trials: Sequence[TrialResult], nam
         "</div>",
         f'<div class="figure" data-figure="{names["front"]}" data-device="{device}" role="img" '
         f'aria-label="Accuracy against latency on {device}; the table below holds the same points"></div>',
-        _table(front),
+        _table(front, references),
         '<div class="detail" aria-live="polite"></div>',
         '<div class="figures">',
     ]
@@ -282,36 +284,51 @@ def _section(number: int, front: ParetoFront, trials: Sequence[TrialResult], nam
     return "\n".join(lines)
 
 
-def _table(front: ParetoFront) -> str:
+def _table(front: ParetoFront, references: Sequence[Mapping[str, Any]]) -> str:
+    """The front's points, to choose from, and between them what to compare with; fastest first."""
     device = html.escape(front.device)
     on_front = {p.trial for p in front.points}
-    rows = list(front.points) + ([] if front.baseline.trial in on_front else [front.baseline])
-    lines = [
-        '<div class="scroll"><table>',
-        "<thead><tr><th scope='col'>trial</th>"
-        + "".join(f"<th scope='col'>{title}</th>" for title, _, _ in _COLUMNS)
-        + "</tr></thead>",
-        "<tbody>",
-    ]
-    for row in sorted(rows, key=lambda r: (r.latency_ms or 0.0, r.trial)):
+    points = list(front.points) + ([] if front.baseline.trial in on_front else [front.baseline])
+    rows = []
+    for point in points:
         badges = [
-            *(["knee"] if row.trial == front.knee.trial else []),
-            *(["unpruned"] if row.trial == front.baseline.trial else []),
-            *(["not on the front"] if row.trial not in on_front else []),
+            *(["knee"] if point.trial == front.knee.trial else []),
+            *(["unpruned"] if point.trial == front.baseline.trial else []),
+            *(["not on the front"] if point.trial not in on_front else []),
         ]
-        cells = [f"<td>{row.trial}{''.join(f'<span class=badge>{badge}</span>' for badge in badges)}</td>"]
-        for _, key, pattern in _COLUMNS:
-            value = getattr(row.asked if key in ("beta", "ratio") else row, key)
-            text = "-" if value is None else pattern.format(value)
-            if key == "speedup" and row.speedup_ci:
-                low, high = row.speedup_ci
-                text += f' <span class="soft small">({low:.2f} to {high:.2f})</span>'
-            cells.append(f"<td>{text}</td>")
-        lines.append(
-            f'<tr class="point" tabindex="0" data-device="{device}" data-trial="{row.trial}">'
-            f"{''.join(cells)}</tr>"
-        )
-    return "\n".join([*lines, "</tbody>", "</table></div>"])
+        values = {
+            key: getattr(point.asked if key in ("beta", "ratio") else point, key) for _, key, _ in _COLUMNS
+        }
+        opening = f'<tr class="point" tabindex="0" data-device="{device}" data-trial="{point.trial}">'
+        name = f"{point.trial}" + "".join(f"<span class=badge>{badge}</span>" for badge in badges)
+        rows.append((point.latency_ms or 0.0, opening + _cells(name, values, point.speedup_ci)))
+    for place in references:
+        badge = "reference" if place.get("measured") else "as given, not measured"
+        name = f"{html.escape(str(place['name']))}<span class=badge>{badge}</span>"
+        cells = _cells(name, place, place.get("speedup_ci"))
+        rows.append((place["latency_ms"], f'<tr class="reference">{cells}'))
+    heads = "".join(f"<th scope='col'>{title}</th>" for title, _, _ in _COLUMNS)
+    return "\n".join(
+        [
+            '<div class="scroll"><table>',
+            f"<thead><tr><th scope='col'>trial</th>{heads}</tr></thead>",
+            "<tbody>",
+            *(row for _, row in sorted(rows, key=lambda row: row[0])),
+            "</tbody>",
+            "</table></div>",
+        ]
+    )
+
+
+def _cells(name: str, values: Mapping[str, Any], interval: Sequence[float] | None) -> str:
+    cells = [f"<td>{name}</td>"]
+    for _, key, pattern in _COLUMNS:
+        value = values.get(key)
+        text = "-" if value is None else pattern.format(value)
+        if key == "speedup" and interval:
+            text += f' <span class="soft small">({interval[0]:.2f} to {interval[1]:.2f})</span>'
+        cells.append(f"<td>{text}</td>")
+    return "".join(cells) + "</tr>"
 
 
 def _script_json(value: Any) -> str:
@@ -325,8 +342,3 @@ def _figure_json(figure: Figure) -> str:
 def _safe(text: str) -> str:
     """JSON that cannot end the script element it stands in."""
     return text.replace("<", "\\u003c")
-
-
-def _in_order(name: str) -> list[tuple[int, int, str]]:
-    """Sort key that puts `model.10` after `model.9`."""
-    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -131,6 +131,12 @@ def front_note(device: str, front: Mapping[str, Any], rows: Sequence[Mapping[str
             f"| {row['trial']} | {row['beta']:.3f} | {row['ratio']:.3f} | {row['accuracy']:.4f} | "
             f"{row['latency_ms']:.2f} | {row['latency_p90_ms']:.2f} | {row['speedup']:.2f}x{interval} |"
         )
+    for place in front.get("references", ()):
+        how = "" if place["measured"] else ", as given"
+        lines.append(
+            f"| {place['name']}{how} | | | {place['accuracy']:.4f} | {place['latency_ms']:.2f} | | "
+            f"{place['speedup']:.2f}x |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -8,6 +8,7 @@ holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ from .result import TrialParams
 from .studyfile import Choices, Range, SearchSection
 
 KEYS = ("beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to")
+#: Complete trials without which importances say nothing.
+IMPORTANCE_TRIALS = 8
 
 
 def searched_space(search: SearchSection) -> dict[str, BaseDistribution]:
@@ -138,3 +141,32 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
         points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
     points.append({**nearest("beta", 0.5), **nearest("ratio", 0.3)})
     return [p for i, p in enumerate(points) if p and p not in points[:i]]
+
+
+def parameter_importances(study: optuna.Study) -> dict[str, dict[str, float]]:
+    """How much each searched parameter decides, by PED-ANOVA (Watanabe et al. 2023, arXiv 2304.10255).
+
+    Trial 0 is left out: the unpruned model is no choice of the search.
+
+    Args:
+        study: with the objectives accuracy (higher is better) and latency (lower is better), in this order.
+
+    Returns:
+        Of `front`, `accuracy` and `latency` parameter to importance, each summing to 1: what decides whether
+        a trial is among the best. Empty below IMPORTANCE_TRIALS complete trials or two searched parameters.
+    """
+    complete = [t for t in study.get_trials(states=(optuna.trial.TrialState.COMPLETE,)) if t.number > 0]
+    if len(complete) < IMPORTANCE_TRIALS or len({name for t in complete for name in t.params}) < 2:
+        return {}
+    copy = optuna.create_study(directions=study.directions)
+    copy.add_trials(complete)
+    # Five trials among the best at least, as the method asks for, but never more than half.
+    share = max(0.1, min(0.5, 5 / len(complete)))
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator(target_quantile=share)
+    targets = {"front": None, "accuracy": lambda t: -t.values[0], "latency": lambda t: t.values[1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # says of every target that low values are taken for good, as meant
+        return {
+            name: optuna.importance.get_param_importances(copy, evaluator=evaluator, target=target)
+            for name, target in targets.items()
+        }

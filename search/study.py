@@ -77,9 +77,11 @@ class DeviceStudy:
         self._turn = turns(workspace.storage_url(study.storage), name, workspace.folder)
         with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            directions = ["maximize", "minimize"]
             self.optuna = optuna.create_study(
-                study_name=name, storage=storage, directions=directions, load_if_exists=True
+                study_name=name,
+                storage=storage,
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
             self._id = storage.get_study_id_from_name(name)

@@ -233,6 +233,35 @@ class ModelSection(_Section):
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
 
+class ReferenceSection(_Section):
+    """What to compare the fronts with: another model or image size, which is measured, or given numbers."""
+
+    name: Word
+    model: ModelSection | Word | None = None
+    imgsz: Annotated[int, Field(ge=1)] | None = None
+    device: Word | None = None
+    accuracy: Annotated[float, Field(ge=0, le=1)] | None = None
+    latency_ms: Annotated[float, Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> ReferenceSection:
+        numbers = (self.accuracy is not None, self.latency_ms is not None, self.device is not None)
+        if any(numbers[:2]) and not (all(numbers) and self.model is None and self.imgsz is None):
+            raise ValueError(
+                "given numbers must be accuracy, latency_ms and their device, without model or imgsz"
+            )
+        if not any(numbers[:2]) and self.model is None and self.imgsz is None:
+            raise ValueError(
+                "needs a model or imgsz to measure, or accuracy, latency_ms and device; got none"
+            )
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether the numbers stand in the study file instead of being measured."""
+        return self.latency_ms is not None
+
+
 class StudyFile(_Section):
     """A checked study file. Paths are absolute."""
 
@@ -250,6 +279,7 @@ class StudyFile(_Section):
     screening: ScreeningSection = ScreeningSection()
     trials: Annotated[int, Field(ge=1)] = 40
     limits: Limits = Limits()
+    references: tuple[ReferenceSection, ...] = ()
     seed: int = 0
     storage: Word | None = None
     tracking_uri: Word | None = None
@@ -271,6 +301,20 @@ class StudyFile(_Section):
             raise ValueError(f"names must be unique, got {', '.join(twice)} more than once")
         return devices
 
+    @field_validator("references")
+    @classmethod
+    def _known_devices(cls, references: tuple[ReferenceSection, ...], info: Any) -> Any:
+        names, devices = [r.name for r in references], [d.name for d in info.data.get("devices", ())]
+        if twice := sorted({n for n in names if names.count(n) > 1}):
+            raise ValueError(f"names must be unique, got {', '.join(twice)} more than once")
+        for reference in references:
+            if devices and reference.device not in (None, *devices):
+                raise ValueError(
+                    f"the device of {reference.name} must be one of {', '.join(devices)}, "
+                    f"got {reference.device!r}"
+                )
+        return references
+
     def device(self, name: str) -> DeviceSection:
         """The device of that name.
 
@@ -291,13 +335,16 @@ class StudyFile(_Section):
         )
 
 
-def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | None = None) -> StudyFile:
+def load_study_file(
+    path: Path, overrides: Sequence[str] = (), folder: Path | None = None, *, needs_files: bool = True
+) -> StudyFile:
     """Read and check a study file.
 
     Args:
         path: the YAML file.
         overrides: `key=value` with dotted keys, list items by position or by their name; values in YAML.
         folder: where outputs go; default `runs/<name>` beside the file.
+        needs_files: whether the model and the data must be here.
 
     Raises:
         StudyFileError: every fault found, each with its key, the value received and what is allowed.
@@ -329,19 +376,18 @@ def load_study_file(path: Path, overrides: Sequence[str] = (), folder: Path | No
     except ValidationError as error:
         faults += _faults(error, raw)
     root = path.resolve().parent
-    faults += _missing_files(raw, root)
+    if needs_files:
+        faults += _missing_files(raw, root)
     if faults or study is None:
         raise StudyFileError(source, faults)
-    model = study.model
-    resolved: str | ModelSection
-    if isinstance(model, ModelSection):
-        weights = None if model.weights is None else str(_resolve(model.weights, root))
-        resolved = model.model_copy(update={"weights": weights})
-    else:
-        resolved = str(_resolve(model, root))
+    references = tuple(
+        r if r.model is None else r.model_copy(update={"model": _resolve_model(r.model, root)})
+        for r in study.references
+    )
     return study.model_copy(
         update={
-            "model": resolved,
+            "model": _resolve_model(study.model, root),
+            "references": references,
             "data": str(_resolve(study.data, root)),
             "source": path.resolve(),
             "folder": (folder or root / "runs" / study.name).resolve(),
@@ -361,11 +407,24 @@ def _resolve(text: str, root: Path) -> Path:
     return (root / path) if (root / path).exists() or path.parent != Path() else path
 
 
+def _resolve_model(model: ModelSection | str, root: Path) -> ModelSection | str:
+    if isinstance(model, ModelSection):
+        weights = None if model.weights is None else str(_resolve(model.weights, root))
+        return model.model_copy(update={"weights": weights})
+    return str(_resolve(model, root))
+
+
 def _missing_files(raw: Mapping[str, Any], root: Path) -> list[str]:
     faults = []
-    model = raw.get("model")
     named = {"data": raw.get("data")}
-    named |= {"model.weights": model.get("weights")} if isinstance(model, dict) else {"model": model}
+    references = raw.get("references")
+    entries = references if isinstance(references, list) else []
+    models = [(f"references[{i}].", r.get("model")) for i, r in enumerate(entries) if isinstance(r, dict)]
+    for prefix, model in [("", raw.get("model")), *models]:
+        if isinstance(model, dict):
+            named[f"{prefix}model.weights"] = model.get("weights")
+        else:
+            named[f"{prefix}model"] = model
     for key, value in named.items():
         if isinstance(value, str) and value and "${" not in value:
             path = _resolve(value, root)

@@ -1,16 +1,24 @@
-"""Opening what the user names: a model file and a data file, refused in one line where they are of no use."""
+"""Opening what the user names: a model file and a data file, refused in one line where they are of no use.
+
+And the way back: a model as Ultralytics' own object.
+"""
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from ultralytics import YOLO
 from ultralytics.cfg import get_cfg
 from ultralytics.data.build import build_yolo_dataset
 from ultralytics.data.utils import check_det_dataset
 from ultralytics.nn.modules.head import Detect
 from ultralytics.nn.tasks import DetectionModel, load_checkpoint
+
+from ..task import Task
 
 
 def open_model(model: str) -> Any:
@@ -54,6 +62,12 @@ def open_data(data: str) -> dict[str, Any]:
                 f"in a labels/ folder beside images/"
             )
     return checked
+
+
+def as_yolo(task: Task, model: nn.Module) -> Any:
+    """A detector as an Ultralytics `YOLO`, as if its saved file had been opened."""
+    with tempfile.TemporaryDirectory() as folder:
+        return YOLO(str(task.save(model, Path(folder) / "model.pt")))
 
 
 def _first(error: Exception) -> str:

@@ -128,7 +128,7 @@ def test_search_front_and_export(run: Run, folder: Path, shapes: Any, tmp_path: 
     assert made.code == 0, made.err
     assert made.out.replace("\n", "") == str(target)
     assert {p.name for p in target.iterdir()} == {
-        "model.onnx", "model.pt", "model.safetensors", "plan.json", "metrics.json",
+        "model.onnx", "model.pt", "model.safetensors", "plan.json", "metrics.json", "MODEL_CARD.md",
     }  # fmt: skip
     metrics = json.loads((target / "metrics.json").read_text())
     assert abs(metrics["accuracy_of_artifact"] - metrics["accuracy"]) <= 0.005
@@ -231,6 +231,18 @@ def test_an_artifact_of_another_accuracy_is_not_exported(
         (
             ["plan", "study.yaml", "--device", "ort", "--beta", "2", "--ratio", "1"],
             "2 faults --beta must lie in",
+        ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--trial", "1", "--max-latency", "3"],
+            "--trial: 1 fault names one point, so takes no --max-latency",
+        ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--from-registry", "--trial", "1", "--register"],
+            "--from-registry: 1 fault fetches what was registered, so takes no --trial, --register",
+        ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--also", "tensorflow"],
+            "--also: 1 fault must be one of torch, onnxruntime, openvino, ncnn, got tensorflow",
         ),
         (["nonsense"], "No such command 'nonsense'"),
         (["search"], "Missing argument"),

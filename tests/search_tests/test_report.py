@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import html
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +22,19 @@ from search.figures import (
 )
 from search.front import ParetoFront
 from search.plan import LayerCut, PruningPlan
-from search.report import layer_widths, write_figure, write_report
+from search.report import write_figure, write_report
 from search.result import TrialParams, TrialResult
+from search.widths import layer_widths
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 HOSTILE = "</script><script>alert(1)</script>"
+REFERENCE = {
+    "name": "yolov8n at 256 px",
+    "measured": True,
+    "accuracy": 0.52,
+    "latency_ms": 7.5,
+    "speedup": 10 / 7.5,
+    "speedup_ci": [1.25, 1.42],
+}
 
 
 def make_results(device: str, base_ms: float) -> list[TrialResult]:
@@ -96,10 +101,10 @@ def page(tmp_path: Path, results: dict[str, list[TrialResult]], fronts: list[Par
         profiles={"laptop": {"fingerprint": "x", "model_ms": 10.0, "layers": layers}},
         widths=widths,
         limits={"laptop": {"latency_ms": 7.0, "accuracy": 0.5}},
-        references={"laptop": [{"label": "yolov8n at 256 px", "accuracy": 0.52, "latency_ms": 7.5}]},
+        references={"laptop": [REFERENCE]},
         importances={"laptop": {"accuracy": {"beta": 0.3, "ratio": 0.7}}},
         run_ids={"laptop": {3: "run-of-three"}},
-        study_file="examples/my study.yaml",
+        command=["my study.yaml", "--dir", "out"],
     )
 
 
@@ -136,6 +141,30 @@ def test_error_bars_are_the_speedups_interval(fronts: list[ParetoFront]) -> None
         low, high = point.speedup_ci
         assert trace.x[n] + trace.error_x.array[n] == pytest.approx(10.0 / low)
         assert trace.x[n] - trace.error_x.arrayminus[n] == pytest.approx(10.0 / high)
+
+
+def test_a_limit_far_away_does_not_squeeze_the_points(fronts: list[ParetoFront]) -> None:
+    near, far = (
+        front_figure(fronts[:1], limits={"laptop": {"latency_ms": ms, "accuracy": accuracy}}).layout
+        for ms, accuracy in ((7.0, 0.5), (900.0, 0.01))
+    )
+    assert [(s.x0, s.x1) if s.yref.endswith("domain") else (s.y0, s.y1) for s in near.shapes] == [
+        (7.0, 7.0),
+        (0.5, 0.5),
+    ]
+    assert not far.shapes
+    assert [a.text for a in far.annotations] == ["limit 900 →", "limit 0.01 ↓"]
+
+
+def test_references_are_drawn_with_their_bars(fronts: list[ParetoFront]) -> None:
+    given = {"name": "theirs", "measured": False, "accuracy": 0.6, "latency_ms": 1.0, "speedup": 10.0}
+    figure = front_figure(fronts[:1], references={"laptop": [REFERENCE, given]})
+    measured, told = traces(figure, "reference")
+    assert measured.x[0] + measured.error_x.array[0] == pytest.approx(10.0 / 1.25)
+    assert "measured" in measured.hovertemplate
+    assert "as given" in told.hovertemplate
+    # The better one is no part of the front for all that.
+    assert list(traces(figure, "front")[0].x) == [p.latency_ms for p in fronts[0].points]
 
 
 def test_relative_fronts_share_the_unpruned_model_at_100(fronts: list[ParetoFront]) -> None:
@@ -212,7 +241,7 @@ def test_the_pages_points_are_the_fronts(page: Path, fronts: list[ParetoFront]) 
     assert three["widths"] == [["model.0.conv", 16, 8], ["model.1.conv", 32, 32]]
     assert three["run_id"] == "run-of-three"
     assert three["command"] == (
-        "paretoprune export 'examples/my study.yaml' --device laptop --trial 3 --out export/laptop-trial-3"
+        "paretoprune export 'my study.yaml' --dir out --device laptop --trial 3 --out export/laptop-trial-3"
     )
     drawn = embedded(page, "figures")["device0-0"]["data"]
     line = next(trace for trace in drawn if trace["meta"]["role"] == "front")
@@ -261,62 +290,42 @@ def test_the_page_stands_alone_and_takes_hostile_names(page: Path, fronts: list[
     assert [p.name for p in page.parent.iterdir()] == ["report.html"]
 
 
-PROBE = """
-<script>
-setTimeout(function () {
-  const nodes = [...document.querySelectorAll(".figure")];
-  const front = nodes.find((n) => n.dataset.figure === "device0-0");
-  const line = front.data.findIndex((t) => t.meta.role === "front");
-  const found = { drawn: nodes.map((n) => n.dataset.drawn === "true"),
-    points: front.calcdata[line].map((p) => [p.x, p.y]),
-    width: [document.documentElement.scrollWidth, document.documentElement.clientWidth] };
-  document.querySelector('tr.point[data-device="laptop"][data-trial="3"]').click();
-  const detail = document.querySelector('section[data-device="laptop"] .detail');
-  found.row = detail.textContent;
-  const rows = [...detail.querySelectorAll("table tbody tr")];
-  found.cells = rows.map((r) => [...r.cells].slice(0, 3).map((c) => c.textContent));
-  front.emit("plotly_click", { points: [{ data: front.data[line], customdata: [1] }] });
-  found.point = detail.dataset.trial;
-  const out = document.createElement("pre");
-  out.id = "probe";
-  out.textContent = JSON.stringify(found);
-  document.body.append(out);
-  console.info("probe done");
-}, 5000);
-</script>
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("width", [1280, 600])
-def test_the_page_in_a_browser(page: Path, fronts: list[ParetoFront], tmp_path: Path, width: int) -> None:
-    probed = tmp_path / "probed.html"
-    probed.write_text(page.read_text().replace("</body>\n</html>", PROBE + "</body>\n</html>"))
-    assert CHROMIUM is not None
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-        "--disable-component-update --disable-sync --enable-logging=stderr --virtual-time-budget=20000 "
-        "--dump-dom"
-    )
-    command = [
-        CHROMIUM,
-        *flags.split(),
-        f"--user-data-dir={tmp_path / 'profile'}",
-        f"--window-size={width},9000",
+@pytest.mark.parametrize(("width", "is_phone"), [(1280, False), (390, True)])
+def test_the_page_in_a_browser(
+    browser: Any, page: Path, fronts: list[ParetoFront], width: int, is_phone: bool
+) -> None:
+    tab = browser.open(page.as_uri(), width, is_phone=is_phone)
+    tab.wait_for("document.readyState === 'complete' && document.querySelector('.figure') !== null")
+    tab.evaluate("window.dispatchEvent(new Event('beforeprint'))")  # draws what is still far below
+    tab.wait_for("[...document.querySelectorAll('.figure')].every((n) => n.dataset.drawn === 'true')")
+    first = "document.querySelector('.figure[data-figure=device0-0]')"
+    place = f"{first}.data.findIndex((t) => t.meta.role === 'front')"
+    assert tab.evaluate(f"{first}.calcdata[{place}].map((p) => [p.x, p.y])") == [
+        [p.latency_ms, p.accuracy] for p in fronts[0].points
     ]
-    done = subprocess.run(
-        [*command, probed.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    scroll, client = tab.evaluate(
+        "[document.documentElement.scrollWidth, document.documentElement.clientWidth]"
     )
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert len(said) == 1, said
-    assert "probe done" in said[0]
-    found = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, re.S)
-    assert found is not None
-    shown = json.loads(html.unescape(found[1]))
-    assert all(shown["drawn"])
-    assert shown["points"] == [[p.latency_ms, p.accuracy] for p in fronts[0].points]
-    assert shown["width"][0] <= shown["width"][1]
-    assert "--device laptop --trial 3" in shown["row"]
-    assert "run-of-three" in shown["row"]
-    assert shown["cells"] == [["model.0.conv", "16", "8"], ["model.1.conv", "32", "32"]]
-    assert shown["point"] == "1"
+    assert scroll <= client
+    detail = "document.querySelector('section[data-device=laptop] .detail')"
+    tab.evaluate("""document.querySelector('tr.point[data-device="laptop"][data-trial="3"]').click()""")
+    row = tab.evaluate(f"{detail}.textContent")
+    assert "--device laptop --trial 3" in row
+    assert "run-of-three" in row
+    rows = f"[...{detail}.querySelectorAll('tbody tr')]"
+    assert tab.evaluate(f"{rows}.map((r) => [...r.cells].slice(0, 3).map((c) => c.textContent))") == [
+        ["model.0.conv", "16", "8"],
+        ["model.1.conv", "32", "32"],
+    ]
+    tab.evaluate(
+        f"{first}.emit('plotly_click', {{points: [{{data: {first}.data[{place}], customdata: [1]}}]}})"
+    )
+    assert tab.evaluate(f"{detail}.dataset.trial") == "1"
+    # A dominated trial has no command, which would be refused, but says what to take instead.
+    dominated = f"{first}.data.findIndex((t) => t.meta.role === 'dominated')"
+    tab.evaluate(
+        f"{first}.emit('plotly_click', {{points: [{{data: {first}.data[{dominated}], customdata: [2]}}]}})"
+    )
+    assert tab.evaluate(f"{detail}.querySelector('.command')") is None
+    assert "trial 1 is at most as slow" in tab.evaluate(f"{detail}.innerText")
+    assert tab.said == []

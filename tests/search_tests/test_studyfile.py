@@ -52,6 +52,49 @@ def faults(load: Any, *args: Any, **changes: Any) -> tuple[str, ...]:
 # ---- what is right -------------------------------------------------------------------------------
 
 
+def test_references_are_measured_or_given(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "small.pt").touch()
+    smaller, other, given = load(
+        references=[
+            {"name": "smaller", "imgsz": 32},
+            {"name": "another", "model": "small.pt", "device": "first"},
+            {"name": "theirs", "device": "second", "accuracy": 0.5, "latency_ms": 3},
+        ]
+    ).references
+    assert (smaller.is_given, other.is_given, given.is_given) == (False, False, True)
+    assert other.model == str(tmp_path / "small.pt")
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ({"name": "x"}, "references[0]: needs a model or imgsz to measure"),
+        ({"name": "x", "latency_ms": 3}, "references[0]: given numbers must be accuracy, latency_ms and"),
+        (
+            {"name": "x", "latency_ms": 3, "accuracy": 0.5, "device": "first", "imgsz": 32},
+            "references[0]: given numbers must be accuracy, latency_ms and their device, without model",
+        ),
+        (
+            {"name": "x", "imgsz": 32, "device": "nowhere"},
+            "references: the device of x must be one of first, second, got 'nowhere'",
+        ),
+        ({"name": "x", "model": "gone/w.pt"}, "references[0].model: must be an existing file"),
+        ({"name": "x", "imgsz": 32, "size": 1}, "references[0].size: unknown key"),
+    ],
+)
+def test_a_wrong_reference(load: Any, reference: dict[str, Any], says: str) -> None:
+    assert any(fault.startswith(says) for fault in faults(load, references=[reference]))
+
+
+def test_files_may_be_missing_where_nothing_is_opened(load: Any, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.yaml").write_text(
+        yaml.safe_dump(document(model="gone/model.pt", data="gone/data.yaml"))
+    )
+    with pytest.raises(StudyFileError):
+        load_study_file(tmp_path / "elsewhere.yaml")
+    assert load_study_file(tmp_path / "elsewhere.yaml", needs_files=False).name == "study"
+
+
 def test_the_smallest_file(load: Any, tmp_path: Path) -> None:
     study = load(
         {

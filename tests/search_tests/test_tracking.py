@@ -523,7 +523,7 @@ DEPLOYMENT = Path(__file__).parents[2] / "mlflow"
 def test_the_readmes_searches_find_what_they_say(study: Path) -> None:
     searches = re.findall(r"```sql\n(.*?)```", (DEPLOYMENT / "README.md").read_text(), re.S)[0].splitlines()
     tracker = open_tracker(study)
-    start_device(tracker)
+    start_device(tracker, datasets={"data": "d" * 64, "model": "e5c1" + "e" * 60})
     results = [make_result(0, 0.6, 10.0), make_result(1, 0.58, 7.0), make_result(2, 0.5, 8.0)]
     results += [
         TrialResult(7, "laptop-ort", "cpu-abc", TrialParams(), "stopped", "dominated with margin"),
@@ -548,6 +548,9 @@ def test_the_readmes_searches_find_what_they_say(study: Path) -> None:
         ["7"],
         ["0", "1", "2", "7", "8"],
         ["device"],
+        ["1"],
+        ["0", "1", "2"],
+        ["0", "1", "2"],
     ]
 
 

@@ -1,0 +1,217 @@
+"""References: stock models to compare a front with, a smaller one or a smaller image size.
+
+A reference is measured as a trial is, from its exported file in turns with the unpruned model, or its numbers
+are given in the study file and shown as such. None is ever a point of a front, which holds trials only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from objectives.size import count_macs, count_params
+from objectives.task import Task
+from profiles.artifact import export_artifact
+from profiles.cache import Cache
+from profiles.device import Device
+from profiles.measure import compare
+
+from .bench import Shop, open_task
+from .judge import check_parity
+from .result import TrialResult
+from .studyfile import ModelSection, ReferenceSection, StudyFile, StudyFileError
+from .workspace import Workspace
+
+FORMAT_VERSION = 1
+_KIND = "reference"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model to compare with, on one device.
+
+    Attributes:
+        name: as the study file calls it.
+        accuracy: the task's metric, at the model's own input size.
+        ratio, ratio_ci: its latency over the unpruned model's, measured in turns; None where numbers were
+            given.
+        p90_ratio: its 90th percentile over the unpruned model's median.
+        latency_ms: as given; None where it was measured.
+        params, macs: for one input; None where numbers were given.
+        imgsz: side of its input, pixels.
+    """
+
+    name: str
+    accuracy: float
+    ratio: float | None = None
+    ratio_ci: tuple[float, float] | None = None
+    p90_ratio: float | None = None
+    latency_ms: float | None = None
+    params: int | None = None
+    macs: int | None = None
+    imgsz: int | None = None
+
+    @property
+    def is_measured(self) -> bool:
+        return self.ratio is not None
+
+    def to_json(self, baseline: TrialResult) -> dict[str, Any]:
+        """What is shown beside a front.
+
+        Args:
+            baseline: the front's unpruned model, whose latency scales a measured ratio as it does a trial's.
+        """
+        assert baseline.latency_ms is not None
+        unpruned_ms = baseline.latency_ms
+        latency_ms = self.latency_ms if self.ratio is None else self.ratio * unpruned_ms
+        assert latency_ms is not None
+        low, high = self.ratio_ci or (None, None)
+        return {
+            "name": self.name,
+            "measured": self.is_measured,
+            "accuracy": self.accuracy,
+            "latency_ms": latency_ms,
+            "latency_p90_ms": None if self.p90_ratio is None else self.p90_ratio * unpruned_ms,
+            "speedup": unpruned_ms / latency_ms,
+            "speedup_ci": [1 / high, 1 / low] if low and high else None,
+            "params": self.params,
+            "macs": self.macs,
+            "imgsz": self.imgsz,
+        }
+
+    def record(self) -> dict[str, Any]:
+        return {"format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_record(cls, data: Mapping[str, Any]) -> Reference:
+        """Read what `record` gave.
+
+        Raises:
+            ValueError: another format version.
+        """
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}")
+        known = {f.name: data[f.name] for f in fields(cls) if f.name in data}
+        if known.get("ratio_ci") is not None:
+            known["ratio_ci"] = tuple(known["ratio_ci"])
+        return cls(**known)
+
+
+def open_references(study: StudyFile) -> dict[str, Task]:
+    """The tasks of the references that are to be measured, by name.
+
+    Raises:
+        StudyFileError: a model cannot be used, all faults at once.
+    """
+    tasks: dict[str, Task] = {}
+    faults = []
+    for section in study.references:
+        if section.is_given:
+            continue
+        changes = {"model": section.model or study.model, "imgsz": section.imgsz or study.imgsz}
+        try:
+            tasks[section.name] = open_task(study.model_copy(update=changes))
+        except ValueError as error:
+            faults.append(f"references.{section.name}: {error}")
+    if faults:
+        raise StudyFileError(study.source.name, faults)
+    return tasks
+
+
+def measure_references(
+    study: StudyFile, shop: Shop, tasks: Mapping[str, Task], devices: Sequence[str]
+) -> None:
+    """Measure what the cache lacks, on each device.
+
+    Args:
+        tasks: what `open_references` returned.
+
+    Raises:
+        DeviceError: a device is gone.
+        ValueError: an exported reference does not compute what its model computes.
+    """
+    for name in devices:
+        device = study.device(name).device()
+        for section in _of(study, name):
+            if section.is_given or section.name not in tasks:
+                continue
+            key = _key(study, section, name, device.fingerprint)
+            cache = Cache(shop.workspace.cache)
+            if cache.get(_KIND, key, Reference.from_record) is None:
+                shop.notice(f"reference: measuring {section.name} on {name}")
+                reference = _measure(shop, section.name, tasks[section.name], device)
+                cache.put(_KIND, key, reference.record())
+
+
+def known_references(
+    study: StudyFile, workspace: Workspace, device: str, fingerprint: str
+) -> tuple[Reference, ...]:
+    """A device's references as far as they are known: given, or measured on this very machine before."""
+    found = []
+    for section in _of(study, device):
+        if section.is_given:
+            assert section.accuracy is not None
+            found.append(Reference(section.name, section.accuracy, latency_ms=section.latency_ms))
+            continue
+        key = _key(study, section, device, fingerprint)
+        cached = Cache(workspace.cache).get(_KIND, key, Reference.from_record)
+        if cached is not None:
+            found.append(cached)
+    return tuple(found)
+
+
+def _of(study: StudyFile, device: str) -> list[ReferenceSection]:
+    return [section for section in study.references if section.device in (None, device)]
+
+
+def _key(study: StudyFile, section: ReferenceSection, device: str, fingerprint: str) -> dict[str, Any]:
+    """What a measured reference depends on; from files alone, so that looking opens no model."""
+    return {
+        "name": section.name,
+        "reference": _digest(section.model),
+        "reference_imgsz": section.imgsz,
+        "model": _digest(study.model),
+        "data": _digest(study.data),
+        "imgsz": study.imgsz,
+        "device": study.device(device).device().to_json(),
+        "fingerprint": fingerprint,
+    }
+
+
+def _digest(model: ModelSection | str | None) -> Any:
+    """What stands for a model or data file in a key: its content where it is a file."""
+    if isinstance(model, ModelSection):
+        return {**model.model_dump(mode="json"), "weights": _digest(model.weights)}
+    if model is None or not Path(model).is_file():
+        return model
+    return hashlib.sha256(Path(model).read_bytes()).hexdigest()
+
+
+def _measure(shop: Shop, name: str, task: Task, device: Device) -> Reference:
+    model = task.load_model()
+    folder = shop.workspace.device(device.name) / "reference"
+    try:
+        artifact = export_artifact(
+            task.deployable(model), device, folder, task.input_shape, task.metadata(model)
+        )
+        check_parity(model, artifact, task)
+        section = shop.study.measure
+        comparison = compare(
+            device, artifact, shop.baseline(device), target=section.target, limit_s=section.limit_s
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # only its numbers are wanted
+    return Reference(
+        name,
+        accuracy=task.evaluate(task.predictor(model)),
+        ratio=comparison.ratio,
+        ratio_ci=comparison.ratio_ci,
+        p90_ratio=comparison.ratio * comparison.candidate.p90_ms / comparison.candidate.p50_ms,
+        params=count_params(model),
+        macs=count_macs(model, task.input_shape),
+        imgsz=task.input_shape[-1],
+    )

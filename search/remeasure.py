@@ -1,0 +1,85 @@
+"""Remeasuring: is an exported file, fetched from wherever, as fast on its device as was recorded?
+
+Knows exported folders and the study's unpruned model; nothing of fronts or registries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from profiles.artifact import Artifact
+from profiles.measure import compare
+from profiles.runner.files import model_digest
+
+from .bench import Shop
+from .export import read_metrics
+from .found import MODEL_SUFFIXES
+from .study import SearchError
+from .studyfile import StudyFile
+from .workspace import Workspace
+
+_SUFFIX = {"onnxruntime": ".onnx", "torch": ".pt2", "openvino": ".xml", "ncnn": ".param"}
+
+
+@dataclass(frozen=True)
+class Remeasured:
+    """A latency measured again.
+
+    Attributes:
+        latency_ms, ci_ms: now, scaled by the unpruned model as every latency of the study is.
+        recorded_ms, recorded_ci_ms: as the trial measured them.
+    """
+
+    latency_ms: float
+    ci_ms: tuple[float, float]
+    recorded_ms: float
+    recorded_ci_ms: tuple[float, float]
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the two 95% intervals meet."""
+        return self.ci_ms[0] <= self.recorded_ci_ms[1] and self.recorded_ci_ms[0] <= self.ci_ms[1]
+
+
+def remeasure(
+    study: StudyFile, device: str, folder: Path, *, notice: Callable[[str], None] = print
+) -> Remeasured:
+    """Measure an exported folder's file on the device, in turns with the study's unpruned model.
+
+    Raises:
+        SearchError: the device is another one than the recorded one, or the folder holds no file for it.
+        ValueError: a file is not the recorded one.
+        DeviceError: the device is gone.
+    """
+    metrics, target = read_metrics(folder), study.device(device).device()
+    if target.fingerprint != metrics["fingerprint"]:
+        raise SearchError(
+            f"the latency of {folder.name} was recorded on {metrics['fingerprint']}, and {device} is "
+            f"{target.fingerprint}; numbers of different devices do not compare"
+        )
+    paths = [p for p in folder.glob(f"model*{_SUFFIX[target.runtime]}") if p.suffix in MODEL_SUFFIXES]
+    if not paths:
+        raise SearchError(
+            f"{folder.name} must hold a file for {target.runtime}, and has none; export it again"
+        )
+    shape = tuple(metrics["input_shape"])
+    artifact = Artifact(paths[0], target.runtime, target.precision, shape, model_digest(paths[0]), ())
+    shop = Shop(study, Workspace(study.folder), notice=notice)
+    section = study.measure
+    done = compare(target, artifact, shop.baseline(target), target=section.target, limit_s=section.limit_s)
+    unpruned_ms, recorded = metrics["baseline"]["latency_ms"], metrics["latency_ci_ms"]
+    low, high = done.ratio_ci
+    result = Remeasured(
+        done.ratio * unpruned_ms,
+        (low * unpruned_ms, high * unpruned_ms),
+        metrics["latency_ms"],
+        (recorded[0], recorded[1]) if recorded else (metrics["latency_ms"], metrics["latency_ms"]),
+    )
+    now, then = result.ci_ms, result.recorded_ci_ms
+    notice(
+        f"measured again: {result.latency_ms:.2f} ms ({now[0]:.2f} to {now[1]:.2f}), "
+        f"recorded {result.recorded_ms:.2f} ms ({then[0]:.2f} to {then[1]:.2f})"
+    )
+    return result

@@ -1,0 +1,326 @@
+"""What leaves the tool works without it, is what was recorded, and holds nothing of this machine."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickletools
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from search.champion import fetch_export, register_export
+from search.export import export_best, read_metrics, sha256
+from search.found import fronts_of
+from search.plan import PruningPlan
+from search.recorder import open_tracker
+from search.remeasure import Remeasured, remeasure
+from search.review import write_study_report
+from search.study import SearchError
+from search.studyfile import StudyFile, load_study_file
+from search.tracking import TrackingError
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def study(searched: Any) -> StudyFile:
+    return load_study_file(searched.study)
+
+
+@pytest.fixture(scope="module")
+def exported(study: StudyFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The most pruned point, in every runtime's format."""
+    out = tmp_path_factory.mktemp("shipped") / "best"
+    found = fronts_of(study, ["desk"])["desk"]
+    also = ("torch", "openvino", "ncnn")
+    return export_best(
+        study, "desk", trial=found.front.points[0].trial, out=out, also=also, notice=lambda _: None
+    )
+
+
+#: Put before code that must run without this project: its packages are out of reach, and that is checked.
+ALONE = f"""
+import sys, importlib.util
+root = {str(ROOT)!r}
+sys.path[:] = [p for p in sys.path if p and not p.startswith(root) or "site-packages" in p]
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in type(f).__module__]
+assert not [n for n in ("search", "objectives", "profiles") if importlib.util.find_spec(n)]
+"""
+
+
+def run_alone(code: str, folder: Path, **environment: str) -> str:
+    """Run code in a process of its own in `folder`; what it printed."""
+    import os
+
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "MLFLOW", "OPTUNA"))}
+    quiet = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE + code],
+        cwd=folder,
+        env={**keep, **quiet, **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def picture(shapes: Any, folder: Path) -> None:
+    """One of the images that the detector was trained on, where it sees something."""
+    source = sorted((shapes.data.parent / "images" / "train").iterdir())[0]
+    Image.open(source).save(folder / "image.jpg")
+
+
+# -- alone
+
+
+def test_the_cards_code_predicts_on_an_image_without_this_project(
+    exported: Path, shapes: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(exported, folder)
+    picture(shapes, folder)
+    blocks = code_blocks((folder / "MODEL_CARD.md").read_text())
+    kinds = ("ultralytics", "onnxruntime", "torch", "openvino")
+    assert [next(k for k in kinds if f"import {k}" in b or f"from {k}" in b) for b in blocks] == list(kinds)
+    report = """
+import json
+print(json.dumps([[int(b.cls), float(b.conf), *map(float, b.xywh[0])] for b in results[0].boxes]))
+"""
+    # A detector this small is never sure: look at its fainter boxes too.
+    yolo = blocks[0].replace("imgsz=64", "imgsz=64, conf=0.05")
+    boxes = json.loads(run_alone(yolo + report, folder).splitlines()[-1])
+    lines = run_alone(blocks[1].replace("0.25", "0.04"), folder).splitlines()
+    assert boxes, "the model sees nothing on an image it was trained on"
+    for label, score, *place in boxes:
+        # Plain ONNX Runtime prints the same box among those it does not thin out.
+        near = [line for line in lines if line.startswith(f"{label} ")]
+        assert any(
+            abs(float(line.split()[1]) - score) < 0.02
+            and np.abs(np.array(json.loads(line.split(" ", 2)[2])) - place).max() < 2
+            for line in near
+        ), (label, score, place, lines)
+    shapes_of = "print(outputs[0].shape if hasattr(outputs[0], 'shape') else outputs.shape)"
+    assert run_alone(blocks[2] + "\n" + shapes_of, folder)
+    assert run_alone(blocks[3] + "\n" + shapes_of, folder)
+
+
+def test_ultralytics_opens_the_onnx_file_too(exported: Path, shapes: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    shutil.copytree(exported, folder)
+    picture(shapes, folder)
+    code = (
+        "from ultralytics import YOLO\n"
+        "found = YOLO('{}', task='detect').predict('image.jpg', imgsz=64)\n"
+        "print(len(found[0].boxes))"
+    )
+    seen = [run_alone(code.format(name), folder).splitlines()[-1] for name in ("model.pt", "model.onnx")]
+    assert seen[0] == seen[1]
+
+
+def test_the_card_and_the_metrics_say_what_was_measured(exported: Path, study: StudyFile) -> None:
+    metrics = read_metrics(exported)
+    front = fronts_of(study, ["desk"])["desk"].front
+    point = front.points[0]
+    assert metrics["trial"] == point.trial
+    assert metrics["plan_digest"] == point.plan_digest == PruningPlan.load(exported / "plan.json").digest
+    assert metrics["fingerprint"] == front.fingerprint
+    assert metrics["latency_ci_ms"][0] <= metrics["latency_ms"] <= metrics["latency_ci_ms"][1]
+    assert set(metrics["artifacts"]) == {"model.onnx", "model.pt2", "model.xml", "model.ncnn.param"}
+    assert all(abs(a["accuracy"] - metrics["accuracy"]) <= 0.005 for a in metrics["artifacts"].values())
+    assert {"python", "torch", "onnxruntime", "ultralytics"} <= set(metrics["versions"])
+    card = (exported / "MODEL_CARD.md").read_text()
+    for text in (
+        f"{point.accuracy:.4f}",
+        f"{point.latency_ms:.2f} ms",
+        front.fingerprint,
+        metrics["data_key"],
+    ):
+        assert text in card
+    narrowed = [line for line in card.splitlines() if re.match(r"\| model\.\S+ \| \d+ \| \d+ \|", line)]
+    plan = PruningPlan.load(exported / "plan.json")
+    assert len(narrowed) == sum(bool(c.removed_out and c.channels_in) for c in plan.layers.values())
+
+
+def test_an_edited_file_is_noticed(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "edited")
+    (tmp_path / "edited" / "model.onnx").write_bytes(b"something else")
+    with pytest.raises(ValueError, match=r"model\.onnx must be the file that metrics\.json records"):
+        read_metrics(tmp_path / "edited")
+
+
+def test_a_folder_with_other_files_is_not_replaced(study: StudyFile, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match="must be a new or empty folder"):
+        export_best(study, "desk", out=tmp_path, notice=lambda _: None)
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_trial_of_another_machine_is_fetched_from_mlflow(study: StudyFile, tmp_path: Path) -> None:
+    front = fronts_of(study, ["desk"])["desk"].front
+    trial = front.points[0].trial
+    folder = study.folder / "devices" / "desk" / f"trial-{trial:04d}"
+    folder.rename(tmp_path / "away")
+    try:
+        said: list[str] = []
+        out = export_best(study, "desk", trial=trial, out=tmp_path / "out", notice=said.append)
+        assert any("fetched from MLflow" in text for text in said)
+        assert read_metrics(out)["trial"] == trial
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        (tmp_path / "away").rename(folder)
+
+
+def test_an_exported_file_is_measured_again(study: StudyFile, exported: Path, tmp_path: Path) -> None:
+    from profiles.connection import close_connections
+
+    again = remeasure(study, "desk", exported, notice=lambda _: None)
+    close_connections()
+    metrics = read_metrics(exported)
+    assert again.recorded_ms == metrics["latency_ms"]
+    assert again.ci_ms[0] <= again.latency_ms <= again.ci_ms[1]
+    apart = Remeasured(1.0, (0.9, 1.1), 2.0, (1.8, 2.2))
+    assert not apart.agrees
+    assert Remeasured(1.9, (1.7, 2.1), 2.0, (1.8, 2.2)).agrees
+    with pytest.raises(SearchError, match="numbers of different devices do not compare"):
+        remeasure(study, "desk-torch", exported, notice=lambda _: None)
+    close_connections()
+
+
+# -- the registry
+
+
+def test_champion_and_previous(
+    study: StudyFile, exported: Path, shapes: Any, tmp_path: Path, searched: Any
+) -> None:
+    name = "tiny.desk"
+    first = register_export(study, "desk", exported)
+    knee = export_best(study, "desk", out=tmp_path / "knee", notice=lambda _: None)
+    second = register_export(study, "desk", knee)
+    assert re.fullmatch(rf"registered {name} version \d+ as champion(, version \d+ is previous)?", first)
+    assert re.fullmatch(rf"registered {name} version \d+ as champion, version \d+ is previous", second)
+    # The same model exported again, on another day.
+    twin = tmp_path / "twin"
+    shutil.copytree(knee, twin)
+    (twin / "model.pt").write_bytes((twin / "model.pt").read_bytes() + b"a later date")
+    metrics = json.loads((twin / "metrics.json").read_text())
+    metrics["files"]["model.pt"] = sha256(twin / "model.pt")
+    (twin / "metrics.json").write_text(json.dumps(metrics))
+    assert "stays champion" in register_export(study, "desk", twin)
+    client = open_tracker(study).client()
+    version = client.get_model_version_by_alias(name, "champion")
+    assert version.tags["trial"] == str(read_metrics(knee)["trial"])
+    assert f"# {study.name} for desk" in version.description
+
+    # Another machine: the study file and the server's address, nothing else.
+    away = tmp_path / "another machine"
+    away.mkdir()
+    text = yaml.safe_load(searched.study.read_text()) | {"model": "gone/model.pt", "data": "gone/data.yaml"}
+    text["references"] = []
+    (away / "study.yaml").write_text(yaml.safe_dump(text))
+    elsewhere = load_study_file(away / "study.yaml", needs_files=False)
+    for alias, origin in (("champion", knee), ("previous", exported)):
+        fetched = fetch_export(elsewhere, "desk", alias=alias, out=away / alias, notice=lambda _: None)
+        assert {p.name: p.read_bytes() for p in fetched.iterdir()} == {
+            p.name: p.read_bytes() for p in origin.iterdir()
+        }
+    with pytest.raises(TrackingError, match=r"must hold tiny\.desk-torch with the alias champion"):
+        fetch_export(elsewhere, "desk-torch", out=away / "none", notice=lambda _: None)
+
+    # From the registry alone: MLflow's client, Ultralytics and ONNX Runtime, none of our code.
+    picture(shapes, away)
+    code = f"""
+import json, mlflow, numpy as np, onnxruntime
+from ultralytics import YOLO
+folder = mlflow.artifacts.download_artifacts("models:/{name}@champion")
+assert len(YOLO(folder + "/model.pt").predict("image.jpg", imgsz=64)) == 1
+pixels = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
+session = onnxruntime.InferenceSession(folder + "/model.onnx", providers=["CPUExecutionProvider"])
+(plain,) = session.run(None, {{session.get_inputs()[0].name: pixels}})
+(served,) = mlflow.pyfunc.load_model("models:/{name}@champion").predict({{"images": pixels}}).values()
+assert np.allclose(plain, served, atol=1e-4)
+np.save("outputs.npy", plain)
+"""
+    run_alone(code, away, MLFLOW_TRACKING_URI=searched.tracking_uri)
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(knee / "model.onnx", providers=["CPUExecutionProvider"])
+    pixels = np.random.default_rng(0).random((1, 3, 64, 64), dtype=np.float32)
+    assert np.allclose(
+        session.run(None, {session.get_inputs()[0].name: pixels})[0], np.load(away / "outputs.npy")
+    )
+
+
+# -- what leaves
+
+
+def texts(path: Path) -> Iterator[tuple[str, bytes]]:
+    """A file's content, and that of everything packed in it."""
+    data = path.read_bytes()
+    yield path.name, data
+    if zipfile.is_zipfile(io.BytesIO(data)):
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for name in archive.namelist():
+                yield f"{path.name}/{name}", archive.read(name)
+
+
+def pickled_modules(data: bytes) -> set[str]:
+    """Top-level packages of the classes and functions that unpickling would import."""
+    found, words = set(), []
+    for op, argument, _ in pickletools.genops(data):
+        if isinstance(argument, str):
+            words.append(argument)
+        if op.name == "GLOBAL":
+            found.add(str(argument).partition(" ")[0].partition(".")[0])
+        elif op.name == "STACK_GLOBAL":
+            found.add(words[-2].partition(".")[0])
+    return found
+
+
+def test_no_pickle_of_ours_no_path_and_no_secret_leaves(
+    study: StudyFile, exported: Path, secret: str, tmp_path: Path
+) -> None:
+    found = fronts_of(study, ["desk", "desk-torch"])
+    write_study_report(study, found, tmp_path / "report.html")
+    (tmp_path / "front.json").write_text(json.dumps({n: f.document for n, f in found.items()}))
+    client = open_tracker(study).client()
+    experiment = client.get_experiment_by_name(study.name)
+    for number, run in enumerate(client.search_runs([experiment.experiment_id])):
+        (tmp_path / f"run-{number}").mkdir()
+        (tmp_path / f"run-{number}" / "run.json").write_text(json.dumps(run.data.to_dictionary()))
+        for entry in client.list_artifacts(run.info.run_id):
+            client.download_artifacts(run.info.run_id, entry.path, str(tmp_path / f"run-{number}"))
+    files = [p for folder in (tmp_path, exported) for p in folder.rglob("*") if p.is_file()]
+    assert len(files) > 40
+    home = str(Path.home()).encode()
+    # The suite's folders stand for the user's: all of them lie below one temporary folder.
+    places = [str(study.source.parent.parent).encode(), str(ROOT).encode(), sys.prefix.encode()]
+    places += [home] if len(home) > 6 else []
+    pickles = 0
+    for path in files:
+        for name, data in texts(path):
+            assert secret.encode() not in data, name
+            for place in places:
+                at = data.find(place)
+                assert at < 0, (name, data[max(0, at - 80) : at + 120])
+            if name.endswith(".pkl"):
+                pickles += 1
+                assert not pickled_modules(data) & {"search", "objectives", "profiles", "tests"}, name
+    assert pickles > 0
