@@ -76,8 +76,8 @@ def _numbers(metrics: Mapping[str, Any]) -> str:
     return (
         f"{table}\n\nLatency is that of the exported file in {settings['runtime']}, "
         f"{_many(settings['threads'], 'thread')}, {settings['precision']}, measured in turns "
-        f"with the unpruned model on `{metrics['fingerprint']}`; in brackets 95% intervals. It holds for that "
-        "machine only."
+        f"with the unpruned model on `{metrics['fingerprint']}`; in brackets 95% intervals. It holds for "
+        "that machine only."
     )
 
 
