@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from filelock import FileLock
+
 from profiles.connection import DeviceError, DeviceLostError
 
 from .bench import Shop
@@ -147,7 +149,9 @@ def _open_lane(
     recorder: Recorder,
 ) -> _Lane:
     device_study = DeviceStudy(study, name, storage, shop.workspace)  # type: ignore[arg-type]  # Optuna's own
-    bench = shop.bench(study.device(name).device())
+    # Two workers of one folder would make the same scores and variants in the same places.
+    with FileLock(shop.workspace.folder / ".bench.lock"):
+        bench = shop.bench(study.device(name).device())
     device_study.claim(bench)
     device_study.seat(first_points(study, name, bench))
     device_study.collect()

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-TRIALS = 10
-#: A worker's life before it is killed: from hardly begun to several trials.
-LIVES_S = (0.05, 3.0)
+TRIALS = 12
+#: Every third kill comes this soon after a worker's start, the others so soon after its first trial began.
+EARLY_S, LATE_S = (0.05, 1.5), (0.0, 0.7)
 
 
 def test_twenty_kills_leave_the_study_that_an_undisturbed_one_is(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_twenty_kills_leave_the_study_that_an_undisturbed_one_is(tmp_path: Path)
         documents[name] = json.loads(done.stdout.splitlines()[-1])
     killed, undisturbed = documents["killed"], documents["undisturbed"]
     assert killed["kills"] == 20
-    assert len(killed["moments"]) > 1, killed["moments"]  # it was hit at different stages of its life
+    assert len(killed["moments"]) > 3, killed["moments"]  # it was hit at different stages of its life
     assert [r["trial"] for r in undisturbed["results"]] == list(range(TRIALS + 1))
     for what in ("states", "results", "front", "runs"):
         assert killed[what] == undisturbed[what], what
@@ -112,7 +112,7 @@ def main(folder: Path, kills: int) -> None:
     _stand_ins()
     chance = random.Random(7)
     moments: set[str] = set()
-    killed = 0
+    killed, moment = 0, folder / "moment"
     while True:
         worker = os.fork()
         if worker == 0:
@@ -129,16 +129,22 @@ def main(folder: Path, kills: int) -> None:
             if status:
                 sys.exit(f"the last worker ended with {status}")
             break
-        time.sleep(chance.uniform(*LIVES_S))
-        done, status = os.waitpid(worker, os.WNOHANG)
-        if done and status:
+        if killed % 3 == 0:
+            time.sleep(chance.uniform(*EARLY_S))
+        else:
+            while not moment.exists() and not os.waitid(
+                os.P_PID, worker, os.WEXITED | os.WNOHANG | os.WNOWAIT
+            ):
+                time.sleep(0.005)
+            time.sleep(chance.uniform(*LATE_S))
+        os.kill(worker, signal.SIGKILL)  # one that has ended by itself stays to be waited for
+        _, status = os.waitpid(worker, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status):
             sys.exit(f"a worker ended with {status}")
-        if not done:
-            os.kill(worker, signal.SIGKILL)
-            os.waitpid(worker, 0)
         killed += 1
         with contextlib.suppress(FileNotFoundError):
-            moments.add((folder / "moment").read_text())
+            moments.add(moment.read_text())
+            moment.unlink()
     print(json.dumps({**look(folder), "kills": killed, "moments": sorted(moments)}))
 
 
