@@ -36,8 +36,9 @@ from .plan import PruningPlan
 from .prune import prune
 from .rerank import group_scores
 from .scores import ChannelScores
+from .sections import Choices, ModelSection
 from .sensitivity import LossCurves, measure_curves
-from .studyfile import Choices, ModelSection, StudyFile, StudyFileError
+from .studyfile import StudyFile, StudyFileError
 from .trial import Bench
 from .workspace import Workspace, write_json
 

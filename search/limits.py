@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .result import TrialResult
-from .studyfile import Limits
+from .sections import Limits
 
 
 def excess_of(result: TrialResult, limits: Limits) -> dict[str, float]:

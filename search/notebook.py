@@ -17,7 +17,8 @@ from .found import Found, fronts_of
 from .launch import launch
 from .progress import ConsoleProgress
 from .review import figures, write_study_report
-from .studyfile import ModelSection, StudyFile, load_study_file
+from .sections import ModelSection
+from .studyfile import StudyFile, load_study_file
 from .workspace import Workspace
 
 if TYPE_CHECKING:

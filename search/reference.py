@@ -23,7 +23,8 @@ from profiles.measure import compare
 from .bench import Shop, open_task
 from .judge import check_parity
 from .result import TrialResult
-from .studyfile import ModelSection, ReferenceSection, StudyFile, StudyFileError
+from .sections import ModelSection, ReferenceSection
+from .studyfile import StudyFile, StudyFileError
 from .workspace import Workspace
 
 FORMAT_VERSION = 1

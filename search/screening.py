@@ -16,8 +16,9 @@ from .plan import PruningPlan
 from .proxy import score_kept
 from .rerank import group_scores
 from .result import TrialParams
+from .sections import Limits
 from .space import known_points, params_at, scattered_points, unpruned_point
-from .studyfile import Limits, StudyFile
+from .studyfile import StudyFile
 from .trial import Bench, make_plan, predict_ms, rerank
 
 

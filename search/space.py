@@ -17,7 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from .result import TrialParams
-from .studyfile import Choices, Range, SearchSection
+from .sections import Choices, Range, SearchSection
 
 KEYS = ("beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to")
 #: Complete trials without which importances say nothing.

@@ -18,7 +18,7 @@ from profiles.latency_profile import LatencyProfile
 
 from .plan import PruningPlan
 from .result import TrialResult
-from .studyfile import Limits, StoppingSection
+from .sections import Limits, StoppingSection
 
 
 class TrialStopped(Exception):  # noqa: N818  (no error: it ends a trial early, as asked)

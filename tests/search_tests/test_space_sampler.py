@@ -10,8 +10,8 @@ from optuna.trial import TrialState
 
 from search.result import TrialParams
 from search.sampler import SAMPLERS, SpacedSampler, grid, make_sampler
+from search.sections import SearchSection
 from search.space import fixed_params, known_points, searched_space, stored_space, suggest, unpruned_point
-from search.studyfile import SearchSection
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,8 @@ from search.groups import ChannelGroup, ChannelGroups, Member
 from search.plan import PruningPlan
 from search.proxy import score_kept
 from search.result import TrialParams, TrialResult
+from search.sections import Limits, StoppingSection
 from search.stopping import FrontGate, pareto_ranks
-from search.studyfile import Limits, StoppingSection
 
 CHANNELS = 100
 

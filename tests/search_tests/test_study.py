@@ -42,9 +42,10 @@ from search.rerank import group_scores
 from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
 from search.screening import first_points
+from search.sections import Limits
 from search.space import params_at, scattered_points
 from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
-from search.studyfile import Limits, StudyFile, load_study_file
+from search.studyfile import StudyFile, load_study_file
 from search.trial import Bench, make_plan, predict_ms, rerank
 from search.workspace import Workspace, write_json
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from search.studyfile import Choices, Range, StudyFile, StudyFileError, load_study_file
+from search.sections import Choices, Range
+from search.studyfile import StudyFile, StudyFileError, load_study_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
