@@ -153,7 +153,7 @@ def _open_lane(
     with FileLock(shop.workspace.folder / ".bench.lock"):
         bench = shop.bench(study.device(name).device())
     device_study.claim(bench)
-    device_study.seat(first_points(study, name, bench))
+    device_study.seat(first_points(study, name, bench, len(device_study.results())))
     device_study.collect()
     # Only what the storage knows: a trial may have been redone elsewhere while its first worker was away.
     known = {result.trial: result for result in device_study.results()}

@@ -37,11 +37,14 @@ class Candidate:
     score_kept: float
 
 
-def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
+def first_points(study: StudyFile, device: str, bench: Bench, finished: int = 0) -> list[dict[str, Any]]:
     """What a study tries before its sampler has something to go on, as points of the searched space.
 
     The unpruned model; known good points; and the best of many candidates by what their plans promise. A grid
     is the whole list by itself.
+
+    Args:
+        finished: trials of the study so far; one that is past its first points needs no screening.
     """
     search, settings = study.search, study.screening
     points = [unpruned_point(search)]
@@ -49,6 +52,8 @@ def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, 
         return points
     points += known_points(search)[: max(0, study.trials - 1)]
     keep = min(settings.keep, max(0, study.trials - len(points)))
+    if finished >= len(points) + keep:
+        return points
     scattered = scattered_points(search, settings.candidates, study.seed) if keep else []
     params = [params_at(search, point, bench.profile.channel_multiple) for point in scattered]
     found = screen(bench, params, study.limits_of(device), keep)

@@ -30,7 +30,7 @@ from .uri import redact
 from .workspace import Workspace, read_result
 
 _RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
-_IDENTITY = "identity"
+_IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 #: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
 #: blindly, or a sampler might insist; after twenty the space has nothing more to give.
 _INSISTING, EXHAUSTED = 2, 20
@@ -287,13 +287,9 @@ class DeviceStudy:
         to.
         """
         with self._answering(), self._turn():
-            others = [
-                t
-                for t in self.optuna.get_trials(deepcopy=False)
-                if t.number != begun.number
-                and t.user_attrs.get(_PLAN) == digest
-                and t.state != TrialState.FAIL
-            ]
+            trials = self.optuna.get_trials(deepcopy=False, states=(*_LIVE, TrialState.RUNNING))
+            same = [t for t in trials if t.user_attrs.get(_PLAN) == digest]
+            others = [t for t in same if t.number != begun.number]
             if others:
                 complete = [t.number for t in others if t.user_attrs.get("state") == "complete"]
                 return min(complete or [t.number for t in others])

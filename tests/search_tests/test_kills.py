@@ -46,8 +46,11 @@ def test_twenty_kills_leave_the_study_that_an_undisturbed_one_is(tmp_path: Path)
 def live(folder: Path) -> None:
     """One worker, from its start to the end of the study."""
     import search.loop
-    from search.launch import MlflowRecorder, open_tracker
+    from search.launch import open_tracker
+    from search.recorder import MlflowRecorder
     from search.result import TrialResult
+    from search.study import DeviceStudy, open_storage
+    from search.workspace import Workspace
 
     stand_ins = _stand_ins()
     file = stand_ins.make_study(folder, trials=TRIALS, search={"sampler": "tpe"})
@@ -65,7 +68,9 @@ def live(folder: Path) -> None:
 
     search.loop.run_trial = run
     tracker = open_tracker(file)
-    recorder = MlflowRecorder(file, tracker)
+    workspace = Workspace(file.folder)
+    study = DeviceStudy(file, "first", open_storage(file, workspace), workspace)
+    recorder = MlflowRecorder(file, tracker, lambda device: study.front())
     fronts = search.loop.run_search(
         file, stand_ins.StandInShop(file), ["first"],
         trials=TRIALS, timeout_s=None, progress=stand_ins.Watcher(), recorder=recorder,
