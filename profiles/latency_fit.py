@@ -5,7 +5,9 @@ Knows layers as shapes and times; knows neither devices nor how the times were t
 There are more coefficients than a dozen variants can tell apart, so each is held near what its kind shows:
 a layer near all layers of its shape (operator, kernel, stride), those near all layers of the network, and
 these near the bilinear rule. How firmly is chosen by leaving out one variant at a time, which also gives the
-model's `error`. Coefficients are never negative: no wider layer may come out faster, steps apart.
+model's `error`. Coefficients are never negative: no wider layer may come out faster, steps apart. Last, the
+whole prediction is brought in line with the whole latencies by a factor and an offset: layers add up their
+errors, and a small network is faster than its layers say (its weights stay in a cache).
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ _POOL_FIRMNESS = 0.03
 #: Operators that are no layer follow few numbers, seen once per variant and kind.
 _OTHER_FIRMNESS = 0.02
 _BASELINE_WEIGHT = 4.0
+#: How firmly the factor and the offset (as a share of the unpruned latency) are held at 1 and 0.
+_FACTOR_FIRMNESS, _OFFSET_FIRMNESS = 0.1, 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +177,21 @@ def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Float
         )
         constant_ms += float(found[0])
         result[:, network.map_terms] += network.map_share[:, None] * found[1:]
-    return result, constant_ms
+    predicted = constant_ms + np.einsum("vlt,lt->v", observed.terms, result)
+    factor, offset_ms = _in_line(predicted, observed.model_ms, weight)
+    return result * factor, constant_ms * factor + offset_ms
+
+
+def _in_line(predicted: Floats, measured: Floats, weight: Floats) -> tuple[float, float]:
+    """Factor and offset in ms that bring whole predictions nearest to the measured latencies, `(V,)` each."""
+    whole = float(measured[0])
+    rows = np.column_stack([predicted, np.full(len(predicted), whole)]) * weight[:, None]
+    firm = np.diag(np.sqrt([_FACTOR_FIRMNESS, _OFFSET_FIRMNESS]))
+    wanted = np.concatenate([measured * weight, firm @ [1.0, 0.0]])
+    factor, share = np.linalg.lstsq(np.vstack([rows, firm]), wanted, rcond=None)[0]
+    # However much smaller than all that was measured, a network takes time.
+    lowest = -0.5 * float(factor * predicted.min()) / whole
+    return float(factor), max(float(share), lowest) * whole
 
 
 def _pool(

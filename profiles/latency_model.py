@@ -72,7 +72,8 @@ class LatencyModel:
         kind: "linear", "bilinear" or "fitted".
         in_channels, out_channels: widths of the unpruned layers, `(L,)`.
         coefficients: `(L, T)` in ms, in the order of `term_names(steps)`.
-        other_ms: latency of what no layer's width changes.
+        other_ms: latency of what no layer's width changes; a little below 0 where a fit found that small
+            networks are faster than their layers say.
         steps: multiples of channels at which the latency may step; 1 is none.
         error: the 90th percentile of the relative error on measured variants that the fit had not seen; None
             where there were none.

@@ -119,7 +119,7 @@ def further_variants(multiple: int) -> list[Variant]:
     """More of them at the device's multiple, for the fit: shallow to deep, even to uneven."""
     return [
         Variant(0.2, multiple, seed=11, spread=0.4),
-        Variant(0.45, multiple, seed=12, spread=0.1),
+        Variant(0.75, multiple, seed=12, spread=0.0),
         Variant(0.5, multiple, seed=13, spread=0.6),
         Variant(0.7, multiple, seed=14, spread=0.3),
         Variant(0.8, multiple, seed=15, spread=0.2),
