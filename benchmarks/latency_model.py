@@ -34,8 +34,8 @@ from typing import Any
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# Not this folder, whose `search.py` would hide the package of that name.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 from profiles.artifact import export_artifact  # noqa: E402  # The repository is not installed as a package.
 from profiles.connection import DeviceError  # noqa: E402

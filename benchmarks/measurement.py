@@ -34,8 +34,8 @@ from scipy import stats
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# Not this folder, whose `search.py` would hide the package of that name.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 from profiles.artifact import Artifact, export_artifact, open_artifact  # noqa: E402  # Not installed.
 from profiles.device import Device  # noqa: E402

@@ -29,8 +29,8 @@ import torch_pruning as tp
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
+# Not this folder, whose `search.py` would hide the package of that name.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 from objectives.detection import DetectionTask  # noqa: E402  # The repository is not installed as a package.
 from objectives.synthetic import CLASSES, make_detection_set  # noqa: E402

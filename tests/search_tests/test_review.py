@@ -96,7 +96,9 @@ def test_mlflows_run_page_shows_the_front(
     place = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     page = browser.open(f"http://127.0.0.1:{port}/#/{place}/artifacts/report.html", 1400, 1000)
     page.wait_for("document.querySelector('iframe') !== null")
-    frame = within_a_frame(page, "document.querySelectorAll('.figure[data-drawn=true]').length > 0")
+    # Figures are drawn when they come into view, or when the page is to be printed.
+    print_first = "window.dispatchEvent(new Event('beforeprint'))"
+    frame = within_a_frame(page, f"{print_first} && ({DRAWN % 'desk'})('front')")
     assert drawn(page, "desk", "front", frame) == points(found["desk"])
 
     page = browser.open(f"http://127.0.0.1:{port}/#/{place}", 1400, 1000)
