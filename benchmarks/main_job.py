@@ -21,12 +21,16 @@ from typing import Any
 
 from rich.console import Console
 
-from search.found import fronts_of
-from search.launch import launch
-from search.progress import ConsoleProgress, front_table
-from search.studyfile import load_study_file
+ROOT = Path(__file__).resolve().parent.parent
+# Not this folder, whose `search.py` would hide the package of that name.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
-STUDY = Path(__file__).resolve().parent.parent / "examples" / "bccd.yaml"
+from search.found import fronts_of  # noqa: E402
+from search.launch import launch  # noqa: E402
+from search.progress import ConsoleProgress, front_table  # noqa: E402
+from search.studyfile import load_study_file  # noqa: E402
+
+STUDY = ROOT / "examples" / "bccd.yaml"
 LOSS, SPEEDUP, POINTS, STEPS_S = 0.03, 1.3, 4, 0.5
 
 

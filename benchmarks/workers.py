@@ -28,7 +28,8 @@ from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+# Not this folder, whose `search.py` would hide the package of that name.
+sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 TARGET = 0.9
 LAYERS = {f"layer{n}": 64 for n in range(60)}  # as many groups as YOLOv8n has

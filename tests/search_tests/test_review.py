@@ -98,8 +98,7 @@ def test_mlflows_run_page_shows_the_front(
     page.wait_for("document.querySelector('iframe') !== null")
     # Figures are drawn when they come into view, or when the page is to be printed.
     print_first = "window.dispatchEvent(new Event('beforeprint'))"
-    frame = within_a_frame(page, f"{print_first} && ({DRAWN % 'desk'})('front')")
-    assert drawn(page, "desk", "front", frame) == points(found["desk"])
+    assert seen_in_a_frame(page, f"{print_first} && ({DRAWN % 'desk'})('front')") == points(found["desk"])
 
     page = browser.open(f"http://127.0.0.1:{port}/#/{place}", 1400, 1000)
     page.wait_for("document.body.innerText.includes('Pareto front of desk')")
@@ -110,17 +109,17 @@ def test_mlflows_run_page_shows_the_front(
         assert any(f"{point.accuracy:.4f}" in c and f"{point.latency_ms:.2f}" in c for c in cells), cells
 
 
-def within_a_frame(page: Any, condition: str) -> tuple[str, int]:
-    """The frame of a page in which the condition comes true."""
+def seen_in_a_frame(page: Any, expression: str) -> Any:
+    """The expression's value in the frame of a page in which it is the first to come true."""
     for _ in range(300):
         for context in page.frames():
             try:
-                if page.evaluate(condition, context):
-                    return context  # type: ignore[no-any-return]
+                if value := page.evaluate(expression, context):
+                    return value
             except AssertionError:
-                continue  # the frame went away in between
+                continue  # the frame went away in between: the page around it was drawn anew
         page.browser.listen(0.2)
-    raise AssertionError(f"in no frame: {condition}; the console: {page.said}")
+    raise AssertionError(f"in no frame: {expression}; the console: {page.said}")
 
 
 def device_run(study: StudyFile, device: str) -> Any:
