@@ -126,12 +126,13 @@ class Shop:
         batches = -(-section.images // section.batch)
         sample = f" on {section.images} images" if criterion in WITH_IMAGES else ""
         self.notice(f"scores: computing {criterion}{sample}")
-        scores = compute_scores(
-            criterion,
-            self.task,
-            **settings,
-            on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
-        )
+        with host_lock("scores"):
+            scores = compute_scores(
+                criterion,
+                self.task,
+                **settings,
+                on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
+            )
         scores.save(path)
         return scores
 
@@ -205,9 +206,10 @@ class Shop:
         except (OSError, ValueError, KeyError):
             pass  # not there yet, or not this model's: export it
         model = self.task.load_model()
-        artifact = export_artifact(
-            self.task.deployable(model), device, folder, self.task.input_shape, self.task.metadata(model)
-        )
+        with host_lock("export"):
+            artifact = export_artifact(
+                self.task.deployable(model), device, folder, self.task.input_shape, self.task.metadata(model)
+            )
         write_json(record, {"key": key, "artifact": artifact.to_json()})
         return artifact
 
@@ -261,7 +263,10 @@ class Shop:
         plan = PruningPlan.of(self.task.model_key, self.groups, demand.pick(rank(demand)))
         model = prune(self.task.load_model(), plan, self.task.settle)
         name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}-{variant.spread:g}"
-        return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
+        with host_lock("export"):
+            return export_artifact(
+                self.task.deployable(model), device, folder / name, self.task.input_shape
+            )
 
     def bench(self, device: Device) -> Bench:
         """Everything the trials of a device share."""

@@ -18,6 +18,7 @@ from objectives.size import count_macs
 from objectives.task import Task
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
+from profiles.lock import host_lock
 from profiles.measure import compare
 from profiles.structure import structure_digest
 from profiles.timing import Comparison
@@ -54,7 +55,8 @@ def time_untrained(model: nn.Module, bench: Bench, folder: Path, clock: Callable
 
     The file is exported like the one that ships and removed again.
     """
-    with clock("export"):
+    # Not while another process measures on this machine: exporting keeps every core busy for seconds.
+    with clock("export"), host_lock("export"):
         task = bench.task
         artifact = export_artifact(
             task.deployable(model), bench.device, folder, task.input_shape, task.metadata(model)
@@ -107,7 +109,7 @@ def judge(
     Raises:
         ValueError: the artifact does not compute what the model computes.
     """
-    with clock("export"):
+    with clock("export"), host_lock("export"):
         artifact = export_model(model, bench.task, bench.device, folder)
         parity = check_parity(model, artifact, bench.task)
         same = timed.structure is not None and structure_digest(artifact) == timed.structure

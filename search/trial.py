@@ -231,7 +231,8 @@ def recover(
         return reason is None
 
     if plan.is_empty:
-        heard(0, 0, bench.task.evaluate(bench.task.predictor(model)))
+        with host_lock("evaluation"):
+            heard(0, 0, bench.task.evaluate(bench.task.predictor(model)))
         return model
     recovery = bench.recovery
     with host_lock("training"):
