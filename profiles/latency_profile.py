@@ -23,15 +23,15 @@ from .variants import (
     Variant,
     choose_multiple,
     further_variants,
-    relative_latency,
+    measure_variants,
     trial_variants,
 )
 
 FORMAT_VERSION = 3
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
-#: Profiled inferences of a variant: its layers are many, and the fit looks at all of them.
-VARIANT_REPEATS = 20
+#: Profiled inferences of a variant, and those before them: its layers are many, and the fit looks at all.
+VARIANT_REPEATS, VARIANT_WARMUP = 20, 5
 
 
 @dataclass(frozen=True)
@@ -283,20 +283,22 @@ def _fitted(
 ) -> tuple[LatencyModel, int]:
     """The fitted latency model and the channel multiple, from variants measured beside the baseline."""
     from .latency_fit import fit_latency_model
-    from .measure import profile_layers
+    from .measure import layer_profiles
 
     measured = [MeasuredVariant.of(Variant(), entries)]
     model_ms = measured[0].model_ms
 
     def measure_all(variants: Sequence[Variant]) -> tuple[list[Artifact], Floats, float]:
         artifacts = [export(variant) for variant in variants]
-        relative, error = relative_latency(device, artifacts, baseline, say)
-        for variant, artifact, share in zip(variants, artifacts, relative, strict=True):
-            found = profile_layers(
-                device, artifact, repeats=VARIANT_REPEATS, model_ms=model_ms * float(share)
-            )
-            measured.append(MeasuredVariant.of(variant, found))
-        return artifacts, relative, error
+        found = measure_variants(
+            device, artifacts, baseline, say, repeats=VARIANT_REPEATS, warmup=VARIANT_WARMUP
+        )
+        for variant, artifact, share, nodes in zip(
+            variants, artifacts, found.shares, found.operators, strict=True
+        ):
+            layers = layer_profiles(device, artifact, nodes, model_ms * float(share), VARIANT_WARMUP)
+            measured.append(MeasuredVariant.of(variant, layers))
+        return artifacts, found.shares, found.error
 
     variants = trial_variants()
     artifacts, relative, error = measure_all(variants)

@@ -14,10 +14,12 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .artifact import Artifact
 from .connection import Connection, DeviceError, connect
@@ -26,6 +28,7 @@ from .latency_profile import OTHER, LayerProfile
 from .lock import host_lock
 from .timing import Comparison, Timing
 
+Floats = NDArray[np.float64]
 #: Receives one short line of text per step.
 Progress = Callable[[str], None]
 
@@ -37,8 +40,10 @@ CONFIDENCE = 0.98
 FLOOR = 0.005
 WARMUP = 10
 ROUND_TIMEOUT_S = 300.0
-#: Sampling time of a round, and of one where many artifacts wait for their turn.
-ROUND_S, SHORT_ROUND_S = 1.2, 0.6
+#: Sampling time of a round, and of each artifact where several are measured in one round.
+ROUND_S, SHARED_ROUND_S = 1.2, 0.4
+#: Turns of a round at most; fewer where several share one and the same comes round again in another pass.
+TURNS, SHARED_TURNS = 10, 6
 
 
 def compare(
@@ -107,23 +112,58 @@ def compare(
     )
 
 
-def ratio_once(device: Device, candidate: Artifact, baseline: Artifact, *, first: int = 0) -> float:
-    """Candidate over baseline latency from a single round of fresh processes, about a second.
+@dataclass(frozen=True)
+class Together:
+    """Several artifacts and a baseline, measured in one round.
 
-    Both models are sampled within the same second, so what the machine does meanwhile meets both. Rounds
-    differ among themselves by a percent or so: take several, or `compare`, where a single figure decides.
+    Attributes:
+        ratios: each artifact's latency over the baseline's, `(n,)`.
+        operators: what the runtime's profiler said of each, for `layer_profiles`; empty if not asked.
+    """
+
+    ratios: tuple[float, ...]
+    operators: tuple[Any, ...]
+
+
+def measure_together(
+    device: Device,
+    artifacts: Sequence[Artifact],
+    baseline: Artifact,
+    *,
+    first: int = 0,
+    profiled: int = 0,
+    warmup: int = 5,
+) -> Together:
+    """Latencies of a few artifacts relative to a baseline, from a single round of fresh processes.
+
+    All take turns within seconds, so what the machine does meanwhile meets every one of them, and each turn's
+    speed is judged by all together. Rounds differ among themselves by a percent or two: take several, or
+    `compare`, where a single figure decides.
 
     Args:
-        first: 1 lets the baseline begin.
+        artifacts: as many as the device can hold in memory beside the baseline.
+        first: which of them begins, the baseline being the last.
+        profiled, warmup: inferences to profile operator by operator in the same processes, 0 for none, and
+            those before them.
 
     Raises: as `compare`.
     """
-    specs = [_spec(device, artifact) for artifact in (candidate, baseline)]
+    everyone = [*artifacts, baseline]
+    specs = [_spec(device, artifact) for artifact in everyone]
     with _measuring(device) as connection:
-        for spec, artifact in zip(specs, (candidate, baseline), strict=True):
+        for spec, artifact in zip(specs, everyone, strict=True):
             spec["path"] = connection.send_file(artifact.path, artifact.digest)
-        done = _round(connection, specs, first=first, round_s=SHORT_ROUND_S)
-    return math.exp(_round_log_ratio(done["blocks"]))
+        of = list(range(len(artifacts))) if profiled else []
+        done = _round(
+            connection,
+            specs,
+            first=first % len(specs),
+            round_s=SHARED_ROUND_S * len(specs),
+            turns=SHARED_TURNS,
+            profile={"of": of, "repeats": profiled, "warmup": warmup},
+        )
+    logs = log_latencies(done["blocks"], len(specs))
+    return Together(tuple(float(r) for r in np.exp(logs[:-1] - logs[-1])), tuple(done["nodes"]))
 
 
 def measure(
@@ -149,7 +189,7 @@ def measure(
 
 
 def profile_layers(
-    device: Device, artifact: Artifact, *, repeats: int = 50, warmup: int = 5, model_ms: float | None = None
+    device: Device, artifact: Artifact, *, repeats: int = 50, warmup: int = 5
 ) -> tuple[LayerProfile, ...]:
     """Latency of every layer in the device's own runtime, and of everything else.
 
@@ -160,7 +200,6 @@ def profile_layers(
     Args:
         repeats: profiled inferences, K in the paper; at least 1.
         warmup: inferences before them.
-        model_ms: latency of the model without a profiler where it is known; measured otherwise.
 
     Returns:
         One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other"
@@ -171,8 +210,7 @@ def profile_layers(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    if model_ms is None:
-        model_ms = measure(device, artifact, rounds=3).p50_ms
+    model_ms = measure(device, artifact, rounds=3).p50_ms
     spec = _spec(device, artifact)
     with _measuring(device) as connection:
         spec["path"] = connection.send_file(artifact.path, artifact.digest)
@@ -180,6 +218,21 @@ def profile_layers(
         nodes = connection.ask({**request, "timeout_s": ROUND_TIMEOUT_S}, timeout_s=ROUND_TIMEOUT_S + 60)[
             "nodes"
         ]
+    return layer_profiles(device, artifact, nodes, model_ms, warmup)
+
+
+def layer_profiles(
+    device: Device, artifact: Artifact, nodes: Sequence[Mapping[str, Any]], model_ms: float, warmup: int
+) -> tuple[LayerProfile, ...]:
+    """What a runtime's profiler said of single operators, as the latency of layers.
+
+    Args:
+        nodes: per operator `name`, `op` and `samples_ms`, as the runner gives them.
+        model_ms: latency of the model without a profiler.
+        warmup: inferences before the samples.
+
+    Returns and raises: as `profile_layers`.
+    """
     layer_of = {name: spec.layer for spec in artifact.layers for name in (spec.layer, *spec.names)}
     times: dict[str, Any] = {spec.layer: 0.0 for spec in artifact.layers}
     others: dict[str, Any] = {}
@@ -236,29 +289,48 @@ def _spec(device: Device, artifact: Artifact) -> dict[str, Any]:
 
 
 def _round(
-    connection: Connection, specs: list[dict[str, Any]], *, first: int, round_s: float = ROUND_S
+    connection: Connection,
+    specs: list[dict[str, Any]],
+    *,
+    first: int,
+    round_s: float = ROUND_S,
+    turns: int = TURNS,
+    profile: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     request = {
         "do": "round",
         "specs": specs,
         "first": first,
-        "pairs": 10,
+        "turns": turns,
         "block_s": 0.05,
         "round_s": round_s,
+        "profile": profile,
         "timeout_s": ROUND_TIMEOUT_S,
     }
     return connection.ask(request, timeout_s=ROUND_TIMEOUT_S + 60)
 
 
+def log_latencies(blocks: Sequence[tuple[int, Sequence[float]]], count: int) -> Floats:
+    """Log latency of each of `count` models, `(count,)`, up to a shift that all have in common.
+
+    Blocks come in turns in which every model has one. A turn is as slow as the middle one of its models is,
+    beside that model's own median; what is left is averaged over the middle half of the turns.
+    """
+    logs = np.empty((len(blocks) // count, count))
+    for turn in range(len(logs)):
+        for index, values in blocks[turn * count : (turn + 1) * count]:
+            logs[turn, index] = math.log(float(np.median(values)))
+    slowness = np.median(logs - np.median(logs, axis=0), axis=1, keepdims=True)
+    ordered = np.sort(logs - slowness, axis=0)
+    cut = len(logs) // 4
+    result: Floats = ordered[cut : len(logs) - cut].mean(axis=0)
+    return result
+
+
 def _round_log_ratio(blocks: Sequence[tuple[int, Sequence[float]]]) -> float:
     """Log of candidate over baseline from one round's blocks, which come in pairs."""
-    logs = []
-    for pair in range(0, len(blocks), 2):
-        medians = {index: float(np.median(values)) for index, values in blocks[pair : pair + 2]}
-        logs.append(math.log(medians[0] / medians[1]))
-    logs.sort()
-    cut = len(logs) // 4
-    return float(np.mean(logs[cut : len(logs) - cut]))
+    candidate, baseline = log_latencies(blocks, 2)
+    return float(candidate - baseline)
 
 
 def _half_width(logs: Sequence[float]) -> float:

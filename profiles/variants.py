@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -34,6 +34,8 @@ TOO_NOISY = 0.05
 #: A coarser multiple must be faster by this share: coarser widths cost accuracy.
 WORTH = 0.02
 MIN_PASSES, MAX_PASSES = 2, 6
+#: Artifacts measured in one round beside the baseline: their processes are in memory together.
+TOGETHER = 4
 #: Standard error of a variant's time above which another pass is made.
 PASS_ERROR = 0.01
 
@@ -126,31 +128,58 @@ def further_variants(multiple: int) -> list[Variant]:
     ]
 
 
-def relative_latency(
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Artifacts beside a baseline.
+
+    Attributes:
+        shares: latency of each as a share of the baseline's, `(n,)`.
+        error: standard error of the shares' logarithm.
+        operators: per artifact what the runtime's profiler said, for `measure.layer_profiles`.
+    """
+
+    shares: Floats
+    error: float
+    operators: tuple[Any, ...]
+
+
+def measure_variants(
     device: Device,
     artifacts: Sequence[Artifact],
     baseline: Artifact,
     progress: Callable[[str], None] | None = None,
     *,
+    repeats: int,
+    warmup: int,
     limit_s: float = 35.0,
-) -> tuple[Floats, float]:
-    """Latency of each artifact as a share of the baseline's, `(n,)`, and the standard error of its logarithm.
+) -> Measured:
+    """Latency of each artifact relative to the baseline, and its operators.
 
-    Each pass measures every artifact in turns with the baseline, so that a machine that drifts or is slow for
-    a while moves no share. At least two passes, more where they disagree.
+    Each pass measures every artifact in turns with the baseline, a few at a time, so that a machine that
+    drifts or is slow for a while moves no share. At least two passes, more where they disagree; the first
+    also profiles the operators.
 
     Args:
+        repeats, warmup: profiled inferences of each artifact, and those before them.
         limit_s: no further pass begins when it would end after this, once there are two.
 
-    Raises: as `measure.ratio_once`.
+    Raises: as `measure.measure_together`.
     """
-    from .measure import ratio_once
+    from .measure import measure_together
 
     logs: list[Floats] = []
+    operators: list[Any] = []
     start = time.monotonic()
     while True:
-        first = len(logs) % 2
-        shares = [ratio_once(device, artifact, baseline, first=first) for artifact in artifacts]
+        shares: list[float] = []
+        for at in range(0, len(artifacts), TOGETHER):
+            some = artifacts[at : at + TOGETHER]
+            profiled = 0 if logs else repeats
+            found = measure_together(
+                device, some, baseline, first=len(logs), profiled=profiled, warmup=warmup
+            )
+            shares += found.ratios
+            operators += found.operators
         logs.append(np.log(shares))
         # One figure for all of them: with so few passes each one's own would be chance.
         deviation = float(np.sqrt(np.mean(np.var(logs, axis=0, ddof=1)))) if len(logs) > 1 else math.inf
@@ -161,7 +190,7 @@ def relative_latency(
         late = (time.monotonic() - start) * (1 + 1 / len(logs)) > limit_s
         if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
-    return np.exp(np.median(logs, axis=0)), error
+    return Measured(np.exp(np.median(logs, axis=0)), error, tuple(operators))
 
 
 def choose_multiple(

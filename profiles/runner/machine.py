@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from .session_torch import KEEPS_MEMORY
 from .sessions import import_runtime
 
 
@@ -129,6 +130,7 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         "precision": spec["precision"],
         "providers": providers,
         "governor": "+".join(sorted(governors)),
+        "allocator": KEEPS_MEMORY if spec["runtime"] == "torch" else "",
     }
     temperatures = [_read(str(p)) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
     cpus = [f"/sys/devices/system/cpu/cpu{c}" for c in choose_cpus(threads)]

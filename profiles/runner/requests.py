@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
 from .child import Child, ChildCrashError, describe_error
 from .files import cache_folder, do_find, do_keep, do_store
 from .machine import busy_shares, choose_cpus, machine_facts
+from .session_torch import keep_memory
 from .sessions import MissingRuntimeError, import_runtime
 
 
 def do_hello(request: dict[str, Any]) -> dict[str, Any]:
-    """Set the thread counts that runtimes read when they are imported, then import."""
+    """Set what runtimes read when they are imported, then import."""
     threads = str(request["threads"])
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = threads
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's own pool is not what gets measured.
+    if request["runtime"] == "torch":
+        keep_memory()
     return {"version": import_runtime(request["runtime"]), "pid": os.getpid()}
 
 
@@ -48,11 +52,13 @@ def do_facts(request: dict[str, Any]) -> dict[str, Any]:
 
 @_alone()
 def do_round(request: dict[str, Any]) -> dict[str, Any]:
-    """One fresh process per model, warmed up, then blocks in turns A B B A ...; the one not running is
+    """One fresh process per model, warmed up, then blocks in turns A B B A ...; those not running are
     stopped.
 
-    Request: `specs` (one or two), `first` (which of them starts), `pairs`, `block_s`, `round_s`, `timeout_s`.
-    Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, and `warmup`, runs before them.
+    Request: `specs` (one or more), `first` (which of them starts), `turns` (at most), `block_s`, `round_s`,
+    `timeout_s`; where operators are wanted too, `profile` with `of` (indices of specs), `repeats`, `warmup`.
+    Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, `warmup`, runs before them, and
+    `nodes`, the operators of each profiled model, taken after the last block.
     """
     # Both on the same CPUs, chosen anew each round: no model may owe its time to where it was put.
     cpus = choose_cpus(request["specs"][0]["threads"], busy_shares())
@@ -62,13 +68,17 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
     blocks: list[tuple[int, list[float]]] = []
     try:
         loaded: dict[int, dict[str, Any]] = {}
+        start = time.perf_counter()
         for index in order:
             children[index] = Child([fd for other in children.values() for fd in other.fds])
             loaded[index] = children[index].ask({"do": "load", "spec": specs[index]}, timeout_s)
             children[index].pause()
-        pairs, runs = _round_plan([entry["typical_ms"] for entry in loaded.values()], request)
-        for pair in range(pairs):
-            for index in order if pair % 2 == 0 else order[::-1]:
+        # Where models take long to open, sampling that long as well costs little and tells much more.
+        round_s = max(request["round_s"], time.perf_counter() - start)
+        typical = [entry["typical_ms"] for entry in loaded.values()]
+        turns, runs = _round_plan(typical, round_s, request["block_s"], request["turns"])
+        for turn in range(turns):
+            for index in order if turn % 2 == 0 else order[::-1]:
                 children[index].resume()
                 typical_ms = loaded[index]["typical_ms"]
                 block = {
@@ -78,17 +88,28 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
                 }
                 blocks.append((index, children[index].ask(block, timeout_s)))
                 children[index].pause()
-        return {"blocks": blocks, "warmup": min(entry["warmup"] for entry in loaded.values())}
+        wanted = request.get("profile") or {"of": []}
+        nodes = []
+        for index in wanted["of"]:
+            children[index].resume()
+            ask = {"do": "profile", "repeats": wanted["repeats"], "warmup": wanted["warmup"]}
+            nodes.append(children[index].ask(ask, timeout_s))
+            children[index].pause()
+        warmup = min(entry["warmup"] for entry in loaded.values())
+        return {"blocks": blocks, "warmup": warmup, "nodes": nodes}
     finally:
         for child in children.values():
             child.close()
 
 
-def _round_plan(typical_ms: list[float], request: dict[str, Any]) -> tuple[int, list[int]]:
-    runs = [max(3, min(50, round(request["block_s"] * 1e3 / max(ms, 1e-3)))) for ms in typical_ms]
+def _round_plan(
+    typical_ms: list[float], round_s: float, block_s: float, most: int
+) -> tuple[int, list[int]]:
+    """How many turns, `most` at most, and how many inferences each model has in one."""
+    runs = [max(3, min(50, round(block_s * 1e3 / max(ms, 1e-3)))) for ms in typical_ms]
     turn_s = sum(n * ms for n, ms in zip(runs, typical_ms, strict=True)) / 1e3
-    pairs = max(2, min(request["pairs"], int(request["round_s"] / max(turn_s, 1e-6))))
-    return pairs - pairs % 2, runs  # An even count, so that each one starts as many turns as the other.
+    turns = max(2, min(most, int(round_s / max(turn_s, 1e-6))))
+    return turns - turns % 2, runs  # An even count, so that each one starts as many turns as it ends.
 
 
 @_alone()

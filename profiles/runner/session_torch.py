@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import platform
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,27 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+
+
+#: glibc's numbers for M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and more than any model takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ENOUGH = -1, -3, 2**31 - 1
+#: What `keep_memory` does, for the record of a measurement.
+KEEPS_MEMORY = "glibc, keeps freed memory" if platform.libc_ver()[0] == "glibc" else ""
+
+
+def keep_memory() -> None:
+    """Have the C library keep what is freed, where it is glibc.
+
+    PyTorch asks for the memory of every map anew. By default glibc returns it to the system in between, and
+    an inference pays for fresh pages each time: a few percent more, and what they are worth differs from
+    process to process (YOLOv8n at 320 px, one thread: 32.6 against 30.3 ms, and a standard deviation between
+    processes of 2.7% against 0.5%). Long-running services keep memory too, by this setting or by another
+    allocator; the other runtimes have their own.
+    """
+    if KEEPS_MEMORY:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, _ENOUGH)
+        libc.mallopt(_TRIM_THRESHOLD, _ENOUGH)
 
 
 class TorchSession:

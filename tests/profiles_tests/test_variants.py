@@ -11,6 +11,7 @@ from profiles import latency_profile, measure, variants
 from profiles.artifact import Artifact
 from profiles.device import Device
 from profiles.latency_profile import LatencyProfile, build_profile
+from profiles.measure import Together
 from profiles.variants import (
     LIKELY_MULTIPLE,
     MULTIPLES,
@@ -18,7 +19,7 @@ from profiles.variants import (
     Variant,
     choose_multiple,
     further_variants,
-    relative_latency,
+    measure_variants,
     trial_variants,
 )
 
@@ -69,19 +70,35 @@ def test_every_share_is_measured_beside_the_baseline(
 ) -> None:
     device = Device("here", "onnxruntime")
     small, large = export(device, 8), export(device, 16)
-    asked: list[tuple[str, str, int]] = []
+    asked: list[tuple[list[str], str, int, int]] = []
 
-    def exact(device: Device, candidate: Artifact, baseline: Artifact, *, first: int) -> float:
-        asked.append((candidate.digest, baseline.digest, first))
+    def exact(
+        device: Device,
+        artifacts: list[Artifact],
+        baseline: Artifact,
+        *,
+        first: int,
+        profiled: int,
+        warmup: int,
+    ) -> Together:
+        asked.append(([a.digest for a in artifacts], baseline.digest, first, profiled))
         own = {small.digest: 3.0, large.digest: 10.0}
-        return own[candidate.digest] / own[baseline.digest]
+        ratios = tuple(own[a.digest] / own[baseline.digest] for a in artifacts)
+        return Together(ratios, tuple(a.digest for a in artifacts) if profiled else ())
 
-    monkeypatch.setattr(measure, "ratio_once", exact)
-    found, error = relative_latency(device, [small, large, small], large)
-    np.testing.assert_allclose(found, [0.3, 1.0, 0.3])
-    assert error == pytest.approx(0, abs=1e-9)
-    # Two passes, each model beginning in one of them.
-    assert asked == [(a.digest, large.digest, f) for f in (0, 1) for a in (small, large, small)]
+    monkeypatch.setattr(measure, "measure_together", exact)
+    everything = [small, large, small, small, large, small]
+    found = measure_variants(device, everything, large, repeats=20, warmup=5)
+    np.testing.assert_allclose(found.shares, [0.3, 1.0, 0.3, 0.3, 1.0, 0.3])
+    assert found.error == pytest.approx(0, abs=1e-9)
+    digests = [a.digest for a in everything]
+    assert list(found.operators) == digests
+    # Two passes, a few at a time, another one beginning in the second; profiled once.
+    assert asked == [
+        (some, large.digest, first, profiled)
+        for first, profiled in ((0, 20), (1, 0))
+        for some in (digests[:4], digests[4:])
+    ]
 
 
 def test_disagreeing_passes_are_repeated(
@@ -92,16 +109,47 @@ def test_disagreeing_passes_are_repeated(
     rng = np.random.default_rng(0)
     asked: list[float] = []
 
-    def noisy(device: Device, candidate: Artifact, baseline: Artifact, *, first: int) -> float:
-        asked.append(float(np.exp(rng.normal(0, 0.1))))
-        return asked[-1]
+    def noisy(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
+        ratios = np.exp(rng.normal(0, 0.1, len(artifacts)))
+        asked.extend(ratios)
+        return Together(tuple(ratios), ())
 
-    monkeypatch.setattr(measure, "ratio_once", noisy)
-    _, error = relative_latency(device, [artifact] * 8, artifact)
-    assert 0.02 < error < 0.1
+    monkeypatch.setattr(measure, "measure_together", noisy)
+    found = measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0)
+    assert 0.02 < found.error < 0.1
     assert len(asked) == 6 * 8
-    relative_latency(device, [artifact] * 8, artifact, limit_s=0)
+    measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0, limit_s=0)
     assert len(asked) == 8 * 8
+
+
+def test_several_models_of_one_round_are_told_apart(
+    export: Callable[[Device, int], Artifact],
+) -> None:
+    device = Device("here", "onnxruntime", threads=1)
+    small, large = export(device, 16), export(device, 64)
+    found = measure.measure_together(device, [small, large, large], large, first=2, profiled=3, warmup=1)
+    assert found.ratios[0] < 0.8
+    assert all(len(node["samples_ms"]) == 3 for nodes in found.operators for node in nodes)
+    entries = measure.layer_profiles(device, small, found.operators[0], 5.0, 1)
+    assert [e.layer for e in entries if e.op != "other"] == [spec.layer for spec in small.layers]
+    assert sum(entry.timing.mean_ms for entry in entries) == pytest.approx(5.0)
+
+
+def test_a_turn_that_is_slow_for_all_moves_no_latency() -> None:
+    rng = np.random.default_rng(0)
+    own = np.array([2.0, 3.0, 5.0, 7.0, 11.0])
+    blocks = []
+    for turn in range(10):
+        slow = 1 + 2.0 * rng.random()
+        order = range(5) if turn % 2 == 0 else range(4, -1, -1)
+        for index in order:
+            hit = 4.0 if (turn, index) == (3, 2) else 1.0  # one model alone was disturbed once
+            blocks.append((index, [own[index] * slow * hit] * 3))
+    logs = measure.log_latencies(blocks, 5)
+    np.testing.assert_allclose(np.exp(logs - logs[0]), own / own[0])
+    pairs = [(i, [own[i] * (1 + turn)]) for turn in range(4) for i in ((0, 1) if turn % 2 else (1, 0))]
+    first, second = measure.log_latencies(pairs, 2)
+    assert np.exp(second - first) == pytest.approx(1.5)
 
 
 def test_variants_are_checked_and_distinct() -> None:
