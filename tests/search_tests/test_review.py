@@ -101,7 +101,7 @@ def test_mlflows_run_page_shows_the_front(
     assert seen_in_a_frame(page, f"{print_first} && ({DRAWN % 'desk'})('front')") == points(found["desk"])
 
     page = browser.open(f"http://127.0.0.1:{port}/#/{place}", 1400, 1000)
-    page.wait_for("document.body?.innerText ?? "".includes('Pareto front of desk')")
+    page.wait_for("document.body?.innerText?.includes('Pareto front of desk')")
     cells = page.evaluate(
         "[...document.querySelectorAll('table')].flatMap((t) => [...t.rows].map((r) => r.innerText))"
     )
