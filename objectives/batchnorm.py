@@ -7,20 +7,23 @@ Knows no task.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
-def reestimate_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> int:
-    """Replace the running statistics of every batch norm by those over `images`, in place.
+def reestimate_batchnorm(
+    model: nn.Module, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+) -> int:
+    """Replace the running statistics of every batch norm by those over some batches, in place.
 
     Args:
         model: any model; its train/eval mode is restored.
-        images: batches `(batch, channels, height, width)` as the model takes them. With none of them nothing
-            changes.
+        batches: `(batch, channels, height, width)` images as the model takes them, or what `forward` takes.
+            With none of them nothing changes.
+        forward: runs the model on a batch; default: calls it.
 
     Returns:
         The number of batches seen.
@@ -37,16 +40,19 @@ def reestimate_batchnorm(model: nn.Module, images: Iterable[Tensor]) -> int:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average: every batch counts the same
         norm.train()
-    batches = 0
+    seen = 0
     try:
         with torch.no_grad():
-            for batch in images:
-                model(batch)
-                batches += 1
+            for batch in batches:
+                if forward is None:
+                    model(batch)
+                else:
+                    forward(model, batch)
+                seen += 1
     finally:
         for norm, momentum, state in zip(norms, momenta, saved, strict=True):
             norm.momentum = momentum
-            if batches == 0:
+            if seen == 0:
                 norm.load_state_dict(state)
         model.train(was_training)
-    return batches
+    return seen

@@ -27,6 +27,7 @@ from .builder import build_model, load_weights
 from .compute import cpu_threads, resolve_device
 from .digest import model_digest
 from .images import ImageData, LabelledImages, open_images
+from .initialise import reinitialise
 from .task import EpochCallback, Predictor, Recovery, Traceable
 from .wiring import fuse_batchnorm, wiring
 
@@ -185,6 +186,9 @@ class ClassificationTask:
         return logits
 
     # ---- recovery ------------------------------------------------------------------------------------------
+
+    def reinitialise(self, model: nn.Module, seed: int) -> nn.Module:
+        return reinitialise(model, seed)
 
     def recover(
         self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback

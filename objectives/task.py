@@ -125,6 +125,14 @@ class Task(Protocol):
         """
         ...
 
+    def reinitialise(self, model: nn.Module, seed: int) -> nn.Module:
+        """Draw all weights anew, in place: what training from scratch starts from.
+
+        Raises:
+            ValueError: a layer has no rule for that.
+        """
+        ...
+
     def recover(
         self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback
     ) -> nn.Module:

@@ -17,7 +17,7 @@ widths that are no multiple of m (`rough`). Kinds:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -132,6 +132,12 @@ class LatencyModel:
             by_output_alone = kind == "linear" or (group > 1 and group == inputs)
             rows.append((0.0, 0.0, float(ms), 0.0) if by_output_alone else (0.0, 0.0, 0.0, float(ms)))
         return cls(kind, tuple(in_channels), tuple(out_channels), tuple(rows), float(other_ms))
+
+    def without(self, gone: Sequence[bool]) -> LatencyModel:
+        """The model of the network without some of its layers, `(L,)`: these cost nothing."""
+        nothing = (0.0,) * len(term_names(self.steps))
+        rows = zip(self.coefficients, gone, strict=True)
+        return replace(self, coefficients=tuple(nothing if away else row for row, away in rows))
 
     @cached_property
     def _arrays(self) -> tuple[Floats, Floats, Floats]:

@@ -6,7 +6,7 @@ groups or how channels are chosen.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -165,10 +165,15 @@ class LatencyProfile:
             [pair[1] for pair in pairs], dtype=float
         )
 
-    def predict_ms(self, widths: Mapping[str, tuple[int, int]]) -> float:
-        """Latency of the model with other widths: layer to (input channels, output channels)."""
+    def predict_ms(self, widths: Mapping[str, tuple[int, int]], gone: Collection[str] = ()) -> float:
+        """Latency of the model with other widths: layer to (input channels, output channels).
+
+        Args:
+            gone: layers that are not there any more.
+        """
         ins, outs = self.widths(widths)
-        return float(self.model.predict_many(ins[None], outs[None])[0])
+        model = self.model.without([layer.layer in gone for layer in self.layers]) if gone else self.model
+        return float(model.predict_many(ins[None], outs[None])[0])
 
     def predict_many(self, in_widths: ArrayLike, out_widths: ArrayLike) -> Floats:
         """Latency of n plans: widths `(n, L)` in channels, in the order of `layers`; result `(n,)` in ms."""

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from objectives.task import Recovery, Task
 from profiles.artifact import Artifact, export_artifact
@@ -31,10 +32,12 @@ from .allocation import Demand, Widths, rank
 from .budget import channels_removed
 from .costs import WidthCost
 from .criteria import WITH_IMAGES, compute_scores, scores_data_key
-from .groups import ChannelGroups, find_groups
+from .depth import Block, block_scores, find_blocks
+from .groups import ChannelGroups, find_groups, is_selected
 from .plan import PruningPlan
 from .prune import prune
 from .rerank import group_scores
+from .rescore import rescore
 from .scores import ChannelScores
 from .sections import Choices, ModelSection
 from .sensitivity import LossCurves, measure_curves
@@ -93,21 +96,51 @@ class Shop:
         criterion = self.study.search.criterion
         return criterion.choices if isinstance(criterion, Choices) else (criterion,)
 
-    def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
-        """Cached scores, computed where they are missing."""
+    @property
+    def _calibration(self) -> dict[str, Any]:
         section = self.study.calibration
-        settings: dict[str, Any] = {
+        return {
             "images": section.images,
             "batch": section.batch,
             "loss": section.loss,
             "seed": self.study.seed,
         }
-        data_key = scores_data_key(criterion, self.task, **settings)
-        path = (
-            self.workspace.cache
-            / "scores"
-            / f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
+
+    def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
+        """Cached scores, computed where they are missing."""
+        images, batch = self._calibration["images"], self._calibration["batch"]
+        sample = f" on {images} images" if criterion in WITH_IMAGES else ""
+
+        def compute() -> ChannelScores:
+            self.notice(f"scores: computing {criterion}{sample}")
+            return compute_scores(
+                criterion,
+                self.task,
+                **self._calibration,
+                on_batch=lambda done: _log.debug("scores: batch %d of %d", done, -(-images // batch)),
+            )
+
+        data_key = scores_data_key(criterion, self.task, **self._calibration)
+        return self._cached_scores(criterion, data_key, compute, refresh=refresh, notice=self.notice)
+
+    def rescore(self, criterion: str, plan: PruningPlan) -> ChannelScores:
+        """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
+        data_key = f"{scores_data_key(criterion, self.task, **self._calibration)}-{plan.digest}"
+        return self._cached_scores(
+            criterion, data_key, lambda: rescore(self.task, plan, criterion, self._calibration)
         )
+
+    def _cached_scores(
+        self,
+        criterion: str,
+        data_key: str,
+        compute: Callable[[], ChannelScores],
+        *,
+        refresh: bool = False,
+        notice: Notice = _log.debug,
+    ) -> ChannelScores:
+        name = f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
+        path = self.workspace.cache / "scores" / name
         if path.exists() and not refresh:
             try:
                 cached = ChannelScores.load(path)
@@ -116,25 +149,53 @@ class Shop:
                     self.task.model_key,
                     data_key,
                 ):
-                    self.notice(f"scores: {criterion} found in the cache")
+                    notice(f"scores: {criterion} found in the cache")
                     return cached
                 self.notice(
                     f"scores: the cached {criterion} belong to another model or other data; computing again"
                 )
             except ValueError as error:
                 self.notice(f"scores: cache refused ({error}); computing again")
-        batches = -(-section.images // section.batch)
-        sample = f" on {section.images} images" if criterion in WITH_IMAGES else ""
-        self.notice(f"scores: computing {criterion}{sample}")
         with host_lock("scores"):
-            scores = compute_scores(
-                criterion,
-                self.task,
-                **settings,
-                on_batch=lambda done: _log.debug("scores: batch %d of %d", done, batches),
-            )
+            scores = compute()
         scores.save(path)
         return scores
+
+    @cached_property
+    def blocks(self) -> tuple[Block, ...]:
+        """What can go as a whole; none where the study searches no depth."""
+        search = self.study.search
+        if search.depth == 0.0:
+            return ()
+        example = torch.from_numpy(self.task.sample_images(2))
+        return tuple(
+            block
+            for block in find_blocks(self.task.load_model(), example)
+            if all(is_selected(layer, search.include, search.exclude) for layer in block.layers)
+        )
+
+    def block_scores(self) -> dict[str, float]:
+        """Cached scores of the blocks, computed where they are missing."""
+        if not self.blocks:
+            return {}
+        settings = self._calibration
+        key = {
+            "blocks": [block.name for block in self.blocks],
+            "model_key": self.task.model_key,
+            "data_key": scores_data_key("taylor", self.task, **settings),
+        }
+        cache = Cache(self.workspace.cache)
+        cached = cache.get("blocks", key, lambda data: {str(k): float(v) for k, v in data.items()})
+        if cached is not None:
+            self.notice("block scores: found in the cache")
+            return cached
+        self.notice(f"block scores: computing {len(self.blocks)} on {settings['images']} images")
+        loss = self.task.loss if settings["loss"] == "task" else self.task.outputs
+        with host_lock("scores"):
+            batches = self.task.calibration(settings["images"], settings["batch"])
+            found = block_scores(self.task.load_model(), batches, loss, self.blocks)
+        cache.put("blocks", key, found)
+        return found
 
     @property
     def curve_criteria(self) -> tuple[str, ...]:
@@ -279,6 +340,9 @@ class Shop:
             scores={criterion: self.scores(criterion) for criterion in self.criteria},
             profile=profile,
             curves={criterion: self.curves(criterion, profile) for criterion in self.curve_criteria},
+            blocks=self.blocks,
+            block_scores=self.block_scores(),
+            rescore=self.rescore,
             baseline=self.baseline(device),
             recovery=self.recovery,
             min_channels=self.study.search.min_channels,

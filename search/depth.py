@@ -2,7 +2,7 @@
 
 A block can go where nothing but its shortcut would be left if its weights were zero: its output is then its
 input, exactly, so the network without it is the network with the block's branch silenced. Found by trying,
-not by the names of classes. Knows channels only through plans, and no devices.
+not by the names of classes. Knows channels only through plans, and devices only as latencies of layers.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from .groups import ChannelGroups
 from .plan import PruningPlan
+from .rerank import normalise
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -33,45 +32,6 @@ class Block:
 
     name: str
     layers: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class DepthPlan:
-    """Which blocks of a model go.
-
-    Attributes:
-        model_key: digest of the model the names belong to.
-        blocks: module paths, sorted; none lies inside another.
-
-    Raises:
-        ValueError: a name is there twice, or a block lies inside another.
-    """
-
-    model_key: str
-    blocks: tuple[str, ...]
-
-    def __post_init__(self) -> None:
-        if list(self.blocks) != sorted(set(self.blocks)):
-            raise ValueError(f"blocks must be sorted without repetition, got {list(self.blocks)[:8]}")
-        for name in self.blocks:
-            if outer := next((b for b in self.blocks if name.startswith(f"{b}.")), None):
-                raise ValueError(f"no block may lie inside another, got {name} inside {outer}")
-
-    def to_json(self) -> dict[str, Any]:
-        return {"format_version": FORMAT_VERSION, "model_key": self.model_key, "blocks": list(self.blocks)}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> DepthPlan:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: another format version, or blocks that break a rule.
-        """
-        if data.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"a depth plan's format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}"
-            )
-        return cls(data["model_key"], tuple(data["blocks"]))
 
 
 def find_blocks(model: nn.Module, example: Tensor) -> tuple[Block, ...]:
@@ -174,7 +134,41 @@ def block_scores(
     return {name: total / images for name, total in totals.items()}
 
 
-def remove_blocks(model: nn.Module, plan: DepthPlan) -> nn.Module:
+def weakest_blocks(
+    blocks: Sequence[Block],
+    scores: Mapping[str, float],
+    layer_ms: Mapping[str, float],
+    share: float,
+    beta: float,
+) -> tuple[str, ...]:
+    """The blocks that go first by equation (7), a block's latency in the place of a channel's.
+
+    Args:
+        blocks: of `find_blocks`.
+        scores: of `block_scores`.
+        layer_ms: layer name to its latency.
+        share: of the blocks to remove, in [0, 1); above 0 at least one goes.
+        beta: exponent of the normalised latency, in [0, 1].
+
+    Returns:
+        Names, sorted.
+
+    Raises:
+        ValueError: a share above 0 and no blocks.
+    """
+    if share == 0.0:
+        return ()
+    if not blocks:
+        raise ValueError(
+            "depth must be 0 for a network without blocks that can go (a shortcut around layers of one "
+            f"shape), got {share:g}"
+        )
+    norm = normalise({b.name: sum(layer_ms.get(layer, 0.0) for layer in b.layers) for b in blocks})
+    order = sorted(blocks, key=lambda block: scores[block.name] / norm[block.name] ** beta)
+    return tuple(sorted(block.name for block in order[: max(1, round(share * len(blocks)))]))
+
+
+def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> nn.Module:
     """Put an identity in the place of each block, in place. Other layers keep their names.
 
     Raises:
@@ -182,38 +176,33 @@ def remove_blocks(model: nn.Module, plan: DepthPlan) -> nn.Module:
     """
     from torch import nn
 
-    names = {name for name, _ in model.named_modules()}
-    if unknown := [name for name in plan.blocks if name not in names]:
+    blocks, names = tuple(blocks), {name for name, _ in model.named_modules()}
+    if unknown := [name for name in blocks if name not in names]:
         raise ValueError(f"blocks must be modules of the model, got {', '.join(unknown[:3])}")
-    for name in plan.blocks:
+    for name in blocks:
         model.set_submodule(name, nn.Identity())
     return model
 
 
-def without_blocks(plan: PruningPlan, groups: ChannelGroups, depth: DepthPlan) -> PruningPlan:
-    """What is left of a plan of channels once blocks are gone: the cuts of the other layers.
+def without_blocks(plan: PruningPlan, groups: ChannelGroups, blocks: Iterable[str]) -> PruningPlan:
+    """A plan of channels with blocks gone as well: what is left of it are the cuts of the other layers.
 
     A channel of a residual stream still goes from all layers that are left; a group that lies inside a block
     is gone with it.
 
     Args:
         groups: of the original model, as the plan was made for it.
-
-    Raises:
-        ValueError: the plans belong to different models.
+        blocks: module paths.
     """
-    if plan.model_key != depth.model_key:
-        raise ValueError(
-            f"both plans must belong to one model, got {plan.model_key[:12]} and {depth.model_key[:12]}"
-        )
-    inside = tuple(f"{name}." for name in depth.blocks)
+    gone = tuple(sorted(blocks))
+    inside = tuple(f"{name}." for name in gone)
     left = {
         name: indices
         for name, indices in plan.removed.items()
         if not all(member.layer.startswith(inside) for member in groups.by_name[name].weighted)
     }
     layers = {name: cut for name, cut in plan.layers.items() if not name.startswith(inside)}
-    return PruningPlan(plan.model_key, left, layers)
+    return PruningPlan(plan.model_key, left, layers, gone)
 
 
 def _calls(model: nn.Module, example: Tensor) -> dict[str, list[Tensor | None]]:

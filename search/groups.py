@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
@@ -155,14 +156,9 @@ class ChannelGroups:
         Raises:
             ValueError: no group is left.
         """
-        from fnmatch import fnmatchcase
-
-        def wanted(group: ChannelGroup) -> bool:
-            names = [m.layer for m in group.weighted]
-            inside = all(any(fnmatchcase(name, glob) for glob in include) for name in names)
-            return inside and not any(fnmatchcase(name, glob) for name in names for glob in exclude)
-
-        kept = {g.name for g in self.groups if wanted(g)}
+        kept = {
+            g.name for g in self.groups if all(is_selected(m.layer, include, exclude) for m in g.weighted)
+        }
         for names in self.tied:
             if not kept.issuperset(names):
                 kept -= set(names)
@@ -178,6 +174,12 @@ class ChannelGroups:
             widths=self.widths,
             norms=self.norms,
         )
+
+
+def is_selected(layer: str, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether a layer matches one of `include` and none of `exclude`, shell globs on layer names."""
+    inside = any(fnmatchcase(layer, glob) for glob in include)
+    return inside and not any(fnmatchcase(layer, glob) for glob in exclude)
 
 
 def find_groups(traceable: Traceable, original: nn.Module) -> ChannelGroups:

@@ -194,10 +194,14 @@ def _conditions(metrics: Mapping[str, Any]) -> str:
 
 def _widths(plan: PruningPlan) -> str:
     widths = layer_widths(plan)
+    gone = ""
+    if plan.blocks:
+        gone = f"## Blocks that are gone\n\nEach is an identity now: {', '.join(plan.blocks)}."
     if not widths:
-        return ""
+        return gone
     rows = "\n".join(f"| {name} | {before} | {after} |" for name, (before, after) in widths.items())
-    return f"## Layers that were narrowed\n\n| layer | before | after |\n| --- | ---: | ---: |\n{rows}"
+    table = f"## Layers that were narrowed\n\n| layer | before | after |\n| --- | ---: | ---: |\n{rows}"
+    return f"{gone}\n\n{table}" if gone else table
 
 
 def _provenance(metrics: Mapping[str, Any]) -> str:

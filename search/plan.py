@@ -1,7 +1,7 @@
-"""Pruning plans: which channels go, replayable from the original weights alone.
+"""Pruning plans: which channels and which blocks go, replayable from the original weights alone.
 
 A plan names indices of the ORIGINAL model and the layers they narrow, so a replay needs neither a dependency
-graph nor the order in which the channels were chosen. Knows nothing of why these channels were chosen.
+graph nor the order in which the channels were chosen. Knows nothing of why these were chosen.
 """
 
 from __future__ import annotations
@@ -64,17 +64,32 @@ class LayerCut:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which channels of a model go.
+    """Which channels of a model go, and which blocks.
 
     Attributes:
         model_key: digest of the model the indices belong to.
         removed: group name to sorted channel indices of that group; groups that keep everything are absent.
-        layers: layer name to what it loses; layers that keep everything are absent.
+        layers: layer name to what it loses; layers that keep everything are absent, and those inside a block
+            that goes.
+        blocks: module paths that are replaced by the identity, sorted; none lies inside another.
+
+    Raises:
+        ValueError: a block is there twice or lies inside another, or a layer of a block is narrowed too.
     """
 
     model_key: str
     removed: Mapping[str, tuple[int, ...]]
     layers: Mapping[str, LayerCut] = field(default_factory=dict)
+    blocks: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if list(self.blocks) != sorted(set(self.blocks)):
+            raise ValueError(f"blocks must be sorted without repetition, got {list(self.blocks)[:8]}")
+        for name in (*self.blocks, *self.layers):
+            if outer := next((b for b in self.blocks if name.startswith(f"{b}.")), None):
+                raise ValueError(
+                    f"nothing inside a block that goes has a cut of its own, got {name} in {outer}"
+                )
 
     @classmethod
     def of(
@@ -134,7 +149,11 @@ class PruningPlan:
 
     @property
     def is_empty(self) -> bool:
-        return not self.removed
+        return not self.removed and not self.blocks
+
+    def inside_blocks(self, layer: str) -> bool:
+        """Whether a layer goes with a block."""
+        return layer.startswith(tuple(f"{name}." for name in self.blocks)) if self.blocks else False
 
     @property
     def digest(self) -> str:
@@ -142,7 +161,10 @@ class PruningPlan:
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
+        # Only where there are any: a plan of channels alone keeps the digest it always had.
+        blocks = {"blocks": list(self.blocks)} if self.blocks else {}
         return {
+            **blocks,
             "format_version": FORMAT_VERSION,
             "model_key": self.model_key,
             "removed": {name: list(indices) for name, indices in self.removed.items()},
@@ -175,6 +197,7 @@ class PruningPlan:
                 name: LayerCut(cut["in"], cut["out"], tuple(cut["removed_in"]), tuple(cut["removed_out"]))
                 for name, cut in data["layers"].items()
             },
+            tuple(data.get("blocks", ())),
         )
 
     def save(self, path: Path) -> Path:

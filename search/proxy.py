@@ -33,6 +33,8 @@ def score_kept(
         return None
     lost = 0.0
     for group, values in zip(groups.groups, scores, strict=True):
-        if group.name in plan.removed:
+        if group.weighted and all(plan.inside_blocks(member.layer) for member in group.weighted):
+            lost += float((values - floor).sum())
+        elif group.name in plan.removed:
             lost += float((values[list(plan.removed[group.name])] - floor).sum())
     return 1.0 - lost / total

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .depth import remove_blocks
 from .plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ class WidthError(RuntimeError):
 
 
 def prune(model: nn.Module, plan: PruningPlan, settle: Callable[[nn.Module], None]) -> nn.Module:
-    """Remove a plan's channels from `model`, in place.
+    """Remove a plan's blocks and channels from `model`, in place.
 
     Args:
         model: the original model (or a copy), every width as the plan recorded it.
@@ -31,10 +32,12 @@ def prune(model: nn.Module, plan: PruningPlan, settle: Callable[[nn.Module], Non
 
     Raises:
         WidthError: the model is not the one that the plan was made for.
+        ValueError: it lacks a block of the plan.
     """
     import torch_pruning as tp
     from torch import nn
 
+    remove_blocks(model, plan.blocks)
     for name, cut in plan.layers.items():
         layer = model.get_submodule(name)
         width = _width(layer)

@@ -14,6 +14,8 @@ from typing import Any, Literal
 FORMAT_VERSION = 1
 State = Literal["complete", "stopped", "failed"]
 STATES: tuple[State, ...] = ("complete", "stopped", "failed")
+#: How a pruned model is trained back: from its own weights, or from random ones.
+RECOVERIES = ("finetune", "scratch")
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,12 @@ class TrialParams:
         ratio: share to remove of what `ratio_of` names, in [0, 1); 0 is the unpruned model.
         round_to: kept widths are multiples of this (1: any width).
         ratio_of, criterion, cost, allocation: words, as the study file spells them.
+        steps: the ratio is reached in so many equal steps, with scores taken anew in between.
+        depth: share of the blocks that can go as a whole which do, in [0, 1); `ratio` is about channels.
+        recovery: "finetune", or "scratch" for training from random weights.
 
     Raises:
-        ValueError: a number is outside its range.
+        ValueError: a number is outside its range, or an unknown way of recovery.
     """
 
     beta: float = 0.0
@@ -37,6 +42,9 @@ class TrialParams:
     cost: str = "layer"
     allocation: str = "rank"
     round_to: int = 1
+    steps: int = 1
+    depth: float = 0.0
+    recovery: str = "finetune"
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.beta <= 1.0:
@@ -45,6 +53,12 @@ class TrialParams:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
         if self.round_to < 1:
             raise ValueError(f"round_to must be at least 1, got {self.round_to}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, got {self.steps}")
+        if not 0.0 <= self.depth < 1.0:
+            raise ValueError(f"depth must be in [0, 1), got {self.depth}")
+        if self.recovery not in RECOVERIES:
+            raise ValueError(f"recovery must be one of {', '.join(RECOVERIES)}, got {self.recovery!r}")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .plan import PruningPlan
+from .prediction import predict_ms
 from .proxy import score_kept
 from .rerank import group_scores
 from .result import TrialParams
 from .sections import Limits
 from .space import known_points, params_at, scattered_points, unpruned_point
 from .studyfile import StudyFile
-from .trial import Bench, make_plan, predict_ms, rerank
+from .trial import Bench, make_plan, rerank
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,9 @@ def _plans(bench: Bench, params: Iterable[TrialParams], limit_s: float) -> Itera
     for position, asked in enumerate(params):
         if time.monotonic() > end:
             return
-        yield position, make_plan(asked, rerank(asked, bench), bench)
+        # One shot stands for a schedule of several steps, each of which would need scores of its own.
+        at_once = replace(asked, steps=1)
+        yield position, make_plan(at_once, rerank(at_once, bench), bench)
 
 
 def _spread(front: Sequence[Candidate], keep: int) -> list[Candidate]:

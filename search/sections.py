@@ -16,6 +16,7 @@ from profiles.device import Device
 from .allocation import ALLOCATIONS
 from .costs import COSTS
 from .criteria import CRITERIA
+from .result import RECOVERIES
 
 T = TypeVar("T")
 NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -80,6 +81,9 @@ class SearchSection(Section):
     cost: Choices[str] | Word = "layer"
     allocation: Choices[str] | Word = "rank"
     round_to: Literal["auto"] | Multiple | Choices[int] = "auto"
+    steps: Choices[int] | Multiple = 1
+    depth: Range | Choices[float] | float = 0.0
+    recovery: Choices[str] | Word = "finetune"
     min_channels: Multiple = 8
     include: tuple[Word, ...] = ("*",)
     exclude: tuple[Word, ...] = ()
@@ -91,16 +95,29 @@ class SearchSection(Section):
         _bounded(value, 0.0, 1.0, closed=True)
         return value
 
-    @field_validator("ratio")
+    @field_validator("ratio", "depth")
     @classmethod
     def _ratio(cls, value: Any) -> Any:
         _bounded(value, 0.0, 1.0, closed=False)
         return value
 
-    @field_validator("criterion", "cost", "allocation")
+    @field_validator("steps")
+    @classmethod
+    def _steps(cls, value: Any) -> Any:
+        if isinstance(value, Choices) and min(value.choices) < 1:
+            raise ValueError(f"must be at least 1, got {min(value.choices)}")
+        return value
+
+    @field_validator("criterion", "cost", "allocation", "recovery")
     @classmethod
     def _known(cls, value: Any, info: Any) -> Any:
-        allowed = {"criterion": CRITERIA, "cost": COSTS, "allocation": ALLOCATIONS}[info.field_name]
+        words = {
+            "criterion": CRITERIA,
+            "cost": COSTS,
+            "allocation": ALLOCATIONS,
+            "recovery": RECOVERIES,
+        }
+        allowed = words[info.field_name]
         for word in value.choices if isinstance(value, Choices) else (value,):
             if word not in allowed:
                 raise ValueError(f"must be one of {', '.join(allowed)}, got {word!r}")

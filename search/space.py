@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,11 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from .result import TrialParams
 from .sections import Choices, Range, SearchSection
 
-KEYS = ("beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to")
+KEYS = (
+    "beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to", "steps", "depth", "recovery",
+)  # fmt: skip
+#: Keys that are 0 for the unpruned model.
+AMOUNTS = ("beta", "ratio", "depth")
 #: Complete trials without which importances say nothing.
 IMPORTANCE_TRIALS = 8
 
@@ -45,7 +50,7 @@ def widened(key: str, distribution: BaseDistribution) -> BaseDistribution:
     """What a key is stored with, from what it is drawn from."""
     if isinstance(distribution, FloatDistribution):
         return FloatDistribution(0.0, distribution.high)
-    if key in ("beta", "ratio") and isinstance(distribution, CategoricalDistribution):
+    if key in AMOUNTS and isinstance(distribution, CategoricalDistribution):
         return CategoricalDistribution(tuple(dict.fromkeys((0.0, *distribution.choices))))
     return distribution
 
@@ -114,8 +119,13 @@ def unpruned_point(search: SearchSection) -> dict[str, Any]:
     point: dict[str, Any] = {}
     for key, distribution in stored_space(search).items():
         choices = getattr(distribution, "choices", None)
-        point[key] = 0.0 if key in ("beta", "ratio") else choices[0] if choices else 0.0
+        point[key] = 0.0 if key in AMOUNTS else choices[0] if choices else 0.0
     return point
+
+
+def unpruned(params: TrialParams) -> TrialParams:
+    """The same parameters with nothing removed: trial 0's, where amounts are fixed in the study file."""
+    return replace(params, beta=0.0, ratio=0.0, depth=0.0)
 
 
 def known_points(search: SearchSection) -> list[dict[str, Any]]:

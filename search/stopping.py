@@ -17,6 +17,7 @@ import numpy as np
 from profiles.latency_profile import LatencyProfile
 
 from .plan import PruningPlan
+from .prediction import predict_ms
 from .result import TrialResult
 from .sections import Limits, StoppingSection
 
@@ -90,9 +91,7 @@ class FrontGate:
         error = self.profile.model.error
         if error is None:  # a model that was never held against a measurement decides nothing
             return None
-        deployed = {layer.layer for layer in self.profile.layers}
-        widths = {name: pair for name, pair in plan.widths.items() if name in deployed}
-        ratio = self.profile.predict_ms(widths) / self.profile.predict_ms({})
+        ratio = predict_ms(plan, self.profile) / self.profile.predict_ms({})
         shown = f"predicted {ratio * self._base_ms:.2f} ms ± {error:.0%}"
         return self._too_slow(ratio, ratio * max(0.0, 1.0 - error), shown)
 

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -22,7 +22,7 @@ from .heartbeat import Watch, identity, is_gone
 from .limits import excess_of
 from .result import TrialParams, TrialResult, brief
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .space import searched_space, suggest
+from .space import searched_space, suggest, unpruned
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
@@ -190,7 +190,7 @@ class DeviceStudy:
             trial = optuna.Trial(self.optuna, taken)
             params = suggest(trial, self.file.search, auto_round_to)
         if trial.number == 0:
-            params = replace(params, ratio=0.0, beta=0.0)
+            params = unpruned(params)
         return Begun(trial, params)
 
     def _take(self, wanted: int) -> int | Waiting | Finished:

@@ -14,9 +14,10 @@ from profiles.latency_profile import LatencyProfile
 
 from .criteria import SOURCES
 from .plan import PruningPlan
+from .prediction import predict_ms
 from .result import TrialParams
 from .scores import ChannelScores
-from .trial import Bench, predict_ms
+from .trial import Bench
 
 
 def profile_json(profile: LatencyProfile) -> dict[str, Any]:
@@ -106,11 +107,12 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
         if layer.layer not in prunable:
             continue
         cut = plan.layers.get(layer.layer)
+        kept = cut.kept_out if cut else layer.out_channels
         layers.append(
             {
                 "layer": layer.layer,
                 "channels": layer.out_channels,
-                "kept": cut.kept_out if cut else layer.out_channels,
+                "kept": 0 if plan.inside_blocks(layer.layer) else kept,
             }
         )
     removed = sum(
@@ -127,6 +129,7 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
         "predicted_latency_ms": predict_ms(plan, bench.profile),
         "baseline_latency_ms": bench.profile.predict_ms({}),
         "digest": plan.digest,
+        "blocks": list(plan.blocks),
         "layers": layers,
     }
 
@@ -134,6 +137,7 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
 def plan_table(document: dict[str, Any]) -> Table:
     """The layers that lose channels, with a bar for the share."""
     share = document["channels_removed"] / document["channels_total"]
+    blocks = document["blocks"]
     gain = 1 - document["predicted_latency_ms"] / document["baseline_latency_ms"]
     table = Table(
         title=f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: "
@@ -142,6 +146,8 @@ def plan_table(document: dict[str, Any]) -> Table:
         f"{document['predicted_latency_ms']:.2f} ms of "
         f"{document['baseline_latency_ms']:.2f} ms ({gain:+.1%})",
         title_justify="left",
+        caption=f"blocks that go as a whole: {', '.join(blocks)}" if blocks else None,
+        caption_justify="left",
     )
     table.add_column("layer")
     table.add_column("channels", justify="right")

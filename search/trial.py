@@ -8,7 +8,7 @@ measured before the recovery, and a gate may end the trial after each step.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -29,10 +29,12 @@ from profiles.timing import Comparison
 from .allocation import Demand, Widths, complexity, rank, uniform
 from .budget import channels_removed, cost_removed
 from .costs import WidthCost, quantity_of, unit_shares
+from .depth import Block, weakest_blocks, without_blocks
 from .groups import ChannelGroups
 from .judge import TimedModel, Verdict, judge, size_mb, time_untrained
 from .knapsack import knapsack
 from .plan import PruningPlan
+from .prediction import predict_ms
 from .proxy import score_kept
 from .prune import check_widths, prune
 from .rerank import group_scores, hardware_scores, normalise, weighed_by_group
@@ -46,6 +48,12 @@ if TYPE_CHECKING:
     from torch import nn
 
 _OPEN = OpenGate()
+#: Below every score: a channel that is gone goes first.
+_GONE = -1.0
+
+
+def _no_rescoring(criterion: str, plan: PruningPlan) -> ChannelScores:
+    raise ValueError("this bench was made without rescoring, so steps must be 1")
 
 
 class Listener(Protocol):
@@ -63,6 +71,9 @@ class Bench:
     Attributes:
         scores: criterion name to cached scores.
         curves: criterion name to cached loss curves; only those that the study's allocations need.
+        blocks, block_scores: what can go as a whole, and each one's cached score; empty where the study
+            searches no depth.
+        rescore: scores by a criterion of what a plan leaves; only schedules of several steps ask.
         profile: the device's cached latency profile.
         baseline: the unpruned model's artifact, measured in turns with every candidate.
         baseline_ms, baseline_p90_ms: its latency as trial 0 measured it; None before that.
@@ -83,6 +94,9 @@ class Bench:
     baseline_ms: float | None = None
     baseline_p90_ms: float | None = None
     curves: Mapping[str, LossCurves] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+    block_scores: Mapping[str, float] = field(default_factory=dict)
+    rescore: Callable[[str, PruningPlan], ChannelScores] = _no_rescoring
     _costs: dict[str, WidthCost] = field(default_factory=dict, init=False, repr=False)
 
     def cost(self, quantity: str) -> WidthCost:
@@ -132,6 +146,8 @@ def run_trial(
         timed = known.timed = time_untrained(model, bench, folder / "untrained", clock)
         _go_on(gate.measured(timed.comparison.ratio, timed.comparison.ratio_ci, timed.size_mb))
         with clock("recover"):
+            if params.recovery == "scratch" and not plan.is_empty:
+                model = bench.task.reinitialise(model, bench.recovery.seed)
             model = recover(model, plan, bench, folder, listener, gate, known.epochs)
         known.verdict = judge(model, timed, bench, folder, clock)
     except TrialStopped as stop:
@@ -147,27 +163,58 @@ def _go_on(reason: str | None) -> None:
         raise TrialStopped(reason)
 
 
-def rerank(params: TrialParams, bench: Bench) -> list[NDArray[np.float64]]:
-    """Step 1: the device's latency weighs the cached scores, equation (7), summed over groups."""
-    scores = bench.scores[params.criterion].layers
+def rerank(
+    params: TrialParams, bench: Bench, gone: PruningPlan | None = None
+) -> list[NDArray[np.float64]]:
+    """Step 1: the device's latency weighs the cached scores, equation (7), summed over groups.
+
+    Args:
+        gone: channels that are gone already: the scores are those of the network without them, and they
+            themselves come first.
+    """
+    groups = bench.groups
+    counts = np.zeros(len(groups.groups))
+    if gone is None:
+        scores = bench.scores[params.criterion].layers
+    else:
+        scores = bench.rescore(params.criterion, gone).layers
+        counts += [len(gone.removed.get(group.name, ())) for group in groups.groups]
     if params.allocation == "sensitivity":
-        return group_scores(scores, bench.groups)  # there beta weighs the measured loss instead
-    if params.cost == "layer":
+        result = group_scores(scores, groups)  # there beta weighs the measured loss instead
+    elif params.cost == "layer":
         weighed = hardware_scores(scores, normalise(bench.profile.delta_ms), params.beta)
-        return group_scores(weighed, bench.groups)
-    unpruned = np.zeros(len(bench.groups.groups))
-    saved = bench.cost(quantity_of(params.cost)).marginal(unpruned)
-    return weighed_by_group(group_scores(scores, bench.groups), saved, params.beta)
+        result = group_scores(weighed, groups)
+    else:
+        saved = bench.cost(quantity_of(params.cost)).marginal(counts)
+        result = weighed_by_group(group_scores(scores, groups), saved, params.beta)
+    if gone is not None:
+        result = [values.copy() for values in result]
+        for group, values in zip(groups.groups, result, strict=True):
+            values[list(gone.removed.get(group.name, ()))] = _GONE
+    return result
 
 
 def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench) -> PruningPlan:
-    """Step 2: which channels go."""
+    """Step 2: which channels go, in one step or in several with scores taken anew, and which blocks."""
     groups = bench.groups
     of_channels = params.ratio_of == "channels"
     share = channels_removed(groups) if of_channels else cost_removed(bench.cost(params.ratio_of))
-    demand = Demand(groups, scores, params.ratio, share, Widths(params.round_to, bench.min_channels))
-    counts = allocate(params, demand, bench)
-    return PruningPlan.of(bench.task.model_key, groups, demand.pick(counts))
+    widths = Widths(params.round_to, bench.min_channels)
+    plan = PruningPlan(bench.task.model_key, {})
+    counts = np.zeros(len(groups.units), dtype=np.int64)
+    for step in range(1, params.steps + 1):
+        if params.ratio == 0.0:
+            break
+        if step > 1 and plan.removed:
+            scores = rerank(params, bench, plan)
+        demand = Demand(groups, scores, params.ratio * step / params.steps, share, widths)
+        counts = np.maximum(counts, allocate(params, demand, bench))  # what is gone stays gone
+        plan = PruningPlan.of(bench.task.model_key, groups, demand.pick(counts))
+    if params.depth:
+        layer_ms = {layer.layer: layer.timing.mean_ms for layer in bench.profile.layers}
+        gone = weakest_blocks(bench.blocks, bench.block_scores, layer_ms, params.depth, params.beta)
+        plan = without_blocks(plan, groups, gone)
+    return plan
 
 
 def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.int64]:
@@ -182,14 +229,6 @@ def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.in
     if params.allocation == "sensitivity":
         return sensitivity(demand, bench.curves[params.criterion], cost, params.beta)
     return rank(demand)
-
-
-def predict_ms(plan: PruningPlan, profile: LatencyProfile) -> float:
-    """Latency of a plan by the device's model. Layers that only training uses are not in the profile and cost
-    nothing.
-    """
-    deployed = {layer.layer for layer in profile.layers}
-    return profile.predict_ms({name: widths for name, widths in plan.widths.items() if name in deployed})
 
 
 def _score_kept(plan: PruningPlan, bench: Bench) -> float | None:
@@ -280,7 +319,7 @@ def _result(
     details: dict[str, Any] = {
         "score_kept": known.score_kept,
         "size_mb": known.timed.size_mb if known.timed else None,
-        "removed_share": {name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()},
+        "removed_share": _removed_share(plan, bench),
     }
     if verdict:
         details |= {"parity": verdict.parity, "measured": verdict.measured}
@@ -308,6 +347,12 @@ def _result(
         details=details,
         **(_latency(comparison, bench) if comparison else {}),
     )
+
+
+def _removed_share(plan: PruningPlan, bench: Bench) -> dict[str, float]:
+    """Layer to the share of its channels that went; 1 for a layer that went with a block."""
+    shares = {name: len(cut.removed_out) / cut.channels_out for name, cut in plan.layers.items()}
+    return shares | {name: 1.0 for name in bench.groups.widths if plan.inside_blocks(name)}
 
 
 def _latency(comparison: Comparison, bench: Bench) -> dict[str, Any]:

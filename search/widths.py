@@ -16,7 +16,7 @@ Widths = Mapping[str, tuple[int, int]]
 
 
 def layer_widths(plan: PruningPlan, original: Mapping[str, int] | None = None) -> dict[str, tuple[int, int]]:
-    """Output channels of each layer before and after a plan.
+    """Output channels of each layer before and after a plan; after it 0 for a layer that went with a block.
 
     Args:
         original: layer to its output channels in the unpruned model, in the network's order: those that keep
@@ -32,7 +32,10 @@ def layer_widths(plan: PruningPlan, original: Mapping[str, int] | None = None) -
     }
     if original is None:
         return {name: narrowed[name] for name in sorted(narrowed, key=_in_order)}
-    every = {name: narrowed.get(name, (channels, channels)) for name, channels in original.items()}
+    every = {
+        name: (channels, 0) if plan.inside_blocks(name) else narrowed.get(name, (channels, channels))
+        for name, channels in original.items()
+    }
     return every | {name: width for name, width in narrowed.items() if name not in every}
 
 

@@ -20,13 +20,14 @@ from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import get_cfg
 from ultralytics.data.build import build_yolo_dataset
 from ultralytics.models.yolo.detect import DetectionValidator
-from ultralytics.nn.modules.block import C2f
+from ultralytics.nn.modules.block import DFL, C2f
 from ultralytics.nn.modules.conv import Conv
 
 from ..batchnorm import reestimate_batchnorm
 from ..best import BestWeights
 from ..compute import cpu_threads, resolve_device
 from ..digest import files_digest, model_digest
+from ..initialise import reinitialise
 from ..task import EpochCallback, Predictor, Recovery, Traceable
 from .files import open_data, open_model
 from .tracing import traceable_copy
@@ -189,6 +190,17 @@ class DetectionTask:
         model.requires_grad_(True)
         model.args = get_cfg()
         model.criterion = None  # type: ignore[assignment]  # holds tensors of the training device
+        return model
+
+    def reinitialise(self, model: nn.Module, seed: int) -> nn.Module:
+        # DFL is a layer with fixed weights: 0, 1, 2, ... by which it takes an expectation.
+        fixed = [(m, m.conv.weight.detach().clone()) for m in model.modules() if isinstance(m, DFL)]
+        reinitialise(model, seed)
+        with torch.no_grad():
+            for module, weight in fixed:
+                module.conv.weight.copy_(weight)
+        head: Any = model.model[-1]  # type: ignore[index]  # Ultralytics' sequence of layers
+        head.bias_init()
         return model
 
     # -- accuracy

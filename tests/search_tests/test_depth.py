@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from objectives.builder import build_model, load_pruned
 from objectives.classification import ClassificationTask
 from objectives.detection import DetectionTask
-from search.depth import DepthPlan, block_scores, find_blocks, remove_blocks, without_blocks
+from search.depth import Block, block_scores, find_blocks, remove_blocks, weakest_blocks, without_blocks
 from search.groups import find_groups
-from search.plan import PruningPlan
+from search.plan import LayerCut, PruningPlan
 from search.prune import prune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -92,7 +92,7 @@ def test_a_network_without_a_block_equals_the_one_whose_branch_is_silent(
         x = images(dtype=torch.float64)
         names = tuple(sorted(b.name for b in find_blocks(model, x))[::2])
         want = outputs(silent(model, names), x)
-        have = outputs(remove_blocks(copy.deepcopy(model), DepthPlan("key", names)), x)
+        have = outputs(remove_blocks(copy.deepcopy(model), names), x)
         torch.testing.assert_close(have, want, rtol=1e-12, atol=1e-12)
         assert float((outputs(model, x) - want).abs().max()) > 1e-3 * float(want.abs().max())
 
@@ -124,17 +124,34 @@ def test_what_only_looks_like_a_block_stays() -> None:
 # ---- plans ---------------------------------------------------------------------------------------
 
 
-def test_a_plan_is_json_and_checks_its_names() -> None:
-    plan = DepthPlan("key", ("layer1.0", "layer2.1"))
-    assert DepthPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+def test_a_plan_with_blocks_is_json_and_checks_its_names() -> None:
+    plan = PruningPlan("key", {}, {}, ("layer1.0", "layer2.1"))
+    assert PruningPlan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+    assert not plan.is_empty
+    assert plan.inside_blocks("layer1.0.conv1")
+    assert not plan.inside_blocks("layer1.01.conv1")
+    assert "blocks" not in PruningPlan("key", {}).to_json()  # digests of plans of channels stay as they were
     with pytest.raises(ValueError, match="sorted without repetition"):
-        DepthPlan("key", ("b", "a"))
-    with pytest.raises(ValueError, match=r"a\.b inside a"):
-        DepthPlan("key", ("a", "a.b"))
-    with pytest.raises(ValueError, match="format_version must be 1, got 9"):
-        DepthPlan.from_json({**plan.to_json(), "format_version": 9})
+        PruningPlan("key", {}, {}, ("b", "a"))
+    with pytest.raises(ValueError, match=r"a\.b in a"):
+        PruningPlan("key", {}, {}, ("a", "a.b"))
+    with pytest.raises(ValueError, match=r"a\.conv in a"):
+        PruningPlan("key", {}, {"a.conv": LayerCut(8, 8, (), (1,))}, ("a",))
     with pytest.raises(ValueError, match="modules of the model, got nowhere"):
-        remove_blocks(network("resnet_cifar:resnet20"), DepthPlan("key", ("nowhere",)))
+        remove_blocks(network("resnet_cifar:resnet20"), ["nowhere"])
+
+
+def test_the_weakest_blocks_go_first_and_slow_ones_before_fast_ones() -> None:
+    blocks = tuple(Block(name, (f"{name}.conv",)) for name in "abcd")
+    scores = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
+    ms = {"a.conv": 8.0, "b.conv": 1.0, "c.conv": 1.0, "d.conv": 1.0}
+    assert weakest_blocks(blocks, scores, ms, 0.0, 0.5) == ()
+    assert weakest_blocks(blocks, scores, ms, 0.01, 0.0) == ("d",)
+    assert weakest_blocks(blocks, scores, ms, 0.5, 0.0) == ("c", "d")
+    # Equation (7): a is worth 4 and costs eight times as much as the others.
+    assert weakest_blocks(blocks, scores, ms, 0.25, 1.0) == ("a",)
+    with pytest.raises(ValueError, match="depth must be 0 for a network without blocks"):
+        weakest_blocks((), {}, {}, 0.5, 0.0)
 
 
 def test_channels_and_blocks_go_together(
@@ -152,23 +169,22 @@ def test_channels_and_blocks_go_together(
             group = groups.groups[i]
             removed[group.name] = rng.choice(group.channels, count, replace=False)
     plan = PruningPlan.of("key", groups, removed)
-    depth = DepthPlan("key", ("layer1.1", "layer2.2", "layer3.1"))
+    blocks = ("layer1.1", "layer2.2", "layer3.1")
 
-    left = without_blocks(plan, groups, depth)
-    assert set(plan.removed) - set(left.removed) == {f"{name}.conv1" for name in depth.blocks}
-    both = prune(remove_blocks(copy.deepcopy(model), depth), left, task.settle)
-    want = outputs(prune(silent(model, depth.blocks), plan, task.settle), images(dtype=torch.float64))
+    left = without_blocks(plan, groups, blocks)
+    assert set(plan.removed) - set(left.removed) == {f"{name}.conv1" for name in blocks}
+    assert left.blocks == blocks
+    both = prune(copy.deepcopy(model), left, task.settle)
+    want = outputs(prune(silent(model, blocks), plan, task.settle), images(dtype=torch.float64))
     torch.testing.assert_close(outputs(both, images(dtype=torch.float64)), want, rtol=1e-9, atol=1e-9)
     opened = load_pruned(
-        task.load_model().double(), task.save(both, tmp_path / "model.pt"), blocks=depth.blocks
+        task.load_model().double(), task.save(both, tmp_path / "model.pt"), blocks=blocks
     )
     assert torch.equal(
         outputs(opened, images(dtype=torch.float64)), outputs(both, images(dtype=torch.float64))
     )
     with pytest.raises(ValueError, match=r"names are missing.*layer1\.1"):
         load_pruned(task.load_model().double(), tmp_path / "model.pt")
-    with pytest.raises(ValueError, match="one model, got key and other"):
-        without_blocks(plan, groups, DepthPlan("other", ()))
 
 
 # ---- scores --------------------------------------------------------------------------------------
@@ -226,10 +242,10 @@ def test_a_detectors_bottlenecks_go_and_plain_ultralytics_opens_what_is_left(
     assert [b.name for b in blocks] == [
         f"model.{i}.m.{j}" for i, j in ((2, 0), (4, 0), (4, 1), (6, 0), (6, 1), (8, 0))
     ]
-    depth = DepthPlan("key", ("model.4.m.1", "model.6.m.0"))
-    gone = remove_blocks(copy.deepcopy(model), depth)
+    names = ("model.4.m.1", "model.6.m.0")
+    gone = remove_blocks(copy.deepcopy(model), names)
     torch.testing.assert_close(
-        outputs(gone, x), outputs(silent(model, depth.blocks), x), rtol=1e-9, atol=1e-9
+        outputs(gone, x), outputs(silent(model, names), x), rtol=1e-9, atol=1e-9
     )
 
     task = object.__new__(DetectionTask)

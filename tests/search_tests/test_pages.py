@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -126,6 +127,36 @@ def test_launching(run: Any, searched: Any, monkeypatch: pytest.MonkeyPatch) -> 
     outputs = [run(line) for line in commands("search/launching.md")]
     assert "desk-torch" in outputs[0]
     assert "desk" in outputs[-1]
+
+
+def test_launching_with_the_remote_device_of_the_page(
+    run: Any, shapes: Any, ssh_server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh_server.use(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    shown = yaml.safe_load(blocks("search/launching.md", "yaml")[0])
+    (far,) = [device for device in shown["devices"] if "host" in device]
+    far["host"] = ssh_server.host
+    study = {
+        "name": "far",
+        "model": str(shapes.weights),
+        "data": str(shapes.data),
+        "imgsz": shapes.imgsz,
+        "devices": [{**device, "threads": 1} for device in shown["devices"]],
+        "search": {"ratio": {"low": 0.2, "high": 0.5}, "min_channels": 4},
+        "calibration": {"images": 6, "batch": 4},
+        "profile": {"model": "bilinear", "repeats": 5},
+        "finetune": {"epochs": 0, "batch": 4, "device": "cpu", "reestimate_images": 12},
+        "measure": {"limit_s": 0.5, "target": 0.9},
+        "trials": 2,
+    }
+    Path("study.yaml").write_text(yaml.safe_dump(study))
+    outputs = [run(line) for line in commands("search/launching.md")]
+    assert all(device["name"] in outputs[0] for device in shown["devices"])
+    assert far["name"] in outputs[1]
+    fronts = json.loads(run("paretoprune front study.yaml --json --device " + far["name"]))["devices"]
+    (found,) = fronts.values()
+    assert found["baseline"]["latency_ms"] > 0
 
 
 def test_reviewing(run: Any, searched: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,6 +50,27 @@ def faults(load: Any, *args: Any, **changes: Any) -> tuple[str, ...]:
     return caught.value.faults
 
 
+def test_steps_depth_and_recovery_are_fixed_or_searched(load: Any) -> None:
+    search = load(search={"steps": 3, "depth": 0.25, "recovery": "scratch"}).search
+    assert (search.steps, search.depth, search.recovery) == (3, 0.25, "scratch")
+    search = load(
+        search={
+            "steps": {"choices": [1, 4]},
+            "depth": {"low": 0, "high": 0.5},
+            "recovery": {"choices": ["finetune", "scratch"]},
+        }
+    ).search
+    assert search.steps == Choices(choices=(1, 4))
+    assert search.depth == Range(low=0.0, high=0.5)
+    for key, value, words in (
+        ("steps", 0, "search.steps"),
+        ("steps", {"choices": [0, 2]}, "must be at least 1, got 0"),
+        ("depth", 1.0, "must lie in [0, 1), got 1"),
+        ("recovery", "none", "must be one of finetune, scratch, got 'none'"),
+    ):
+        assert any(words in fault for fault in faults(load, search={key: value})), (key, value)
+
+
 # ---- what is right -------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from torch import nn
 
 import search.bench
@@ -25,12 +26,13 @@ from profiles.timing import Comparison, Timing
 from search.bench import Shop
 from search.judge import check_parity
 from search.plan import PruningPlan
+from search.prediction import predict_ms
 from search.prune import WidthError, check_widths
 from search.result import TrialParams, TrialResult
 from search.stopping import OpenGate
 from search.studyfile import StudyFile, StudyFileError, load_study_file
 from search.tables import plan_json, plan_table, profile_json, profile_table, score_json, score_table
-from search.trial import Bench, make_plan, predict_ms, rerank, run_trial
+from search.trial import Bench, make_plan, rerank, run_trial
 from search.workspace import Workspace, read_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -240,6 +242,120 @@ def test_the_recovered_model_is_in_the_artifact(
     assert accuracy == pytest.approx(result.accuracy, abs=0.005)
 
 
+# ---- several steps, whole blocks, random weights --------------------------------------------------
+
+
+def test_several_steps_rank_what_is_left_anew(bench: Bench, shop: Shop) -> None:
+    at_once = replace(PARAMS, ratio=0.6, beta=0.0)
+    in_steps = replace(at_once, steps=3)
+    half = make_plan(replace(at_once, ratio=0.2), rerank(at_once, bench), bench)
+    plan = make_plan(in_steps, rerank(in_steps, bench), bench)
+    assert plan != make_plan(at_once, rerank(at_once, bench), bench)
+    assert plan == make_plan(in_steps, rerank(in_steps, bench), bench)
+    for name, gone in half.removed.items():  # the first step's choice stands
+        assert set(gone) <= set(plan.removed[name])
+    total = int(bench.groups.channels @ bench.groups.weights)
+    counts = np.array([len(plan.removed.get(group.name, ())) for group in bench.groups.groups])
+    removed = int(counts @ bench.groups.weights)
+    assert removed / total == pytest.approx(0.6, abs=0.05)
+
+    found = bench.rescore("taylor", half)
+    first = bench.scores["taylor"]
+    assert {k: len(v) for k, v in found.layers.items()} == {k: len(v) for k, v in first.layers.items()}
+    for name, cut in half.layers.items():
+        if name in found.layers and cut.removed_out:
+            assert not found.layers[name][list(cut.removed_out)].any()
+            kept = np.setdiff1d(np.arange(cut.channels_out), cut.removed_out)
+            assert found.layers[name][kept].any()
+    whole = [name for name in found.layers if name not in half.layers]
+    assert any(
+        not np.allclose(found.layers[name], first.layers[name]) for name in whole
+    )  # also where nothing went, since what is behind it changed
+
+
+def test_rescored_channels_are_in_the_cache(
+    bench: Bench, shop: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(PARAMS, rerank(PARAMS, bench), bench)
+    before = shop.rescore("l1", plan)
+    monkeypatch.setattr("search.bench.rescore", lambda *_: pytest.fail("computed again"))
+    again = shop.rescore("l1", plan)
+    assert all(np.array_equal(again.layers[name], values) for name, values in before.layers.items())
+
+
+@pytest.fixture(scope="module")
+def deep(study: StudyFile) -> Bench:
+    """A bench whose blocks may go."""
+    file = study.model_copy(update={"search": study.search.model_copy(update={"depth": 0.5})})
+    own = Shop(file, Workspace(study.folder), notice=lambda text: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.bench, "build_profile", counted_profile)
+        patch.setattr(Device, "fingerprint", "print")
+        return own.bench(own.study.device("ort").device())
+
+
+def test_blocks_go_alone_and_together_with_channels(deep: Bench, tmp_path: Path) -> None:
+    from search.export import restore
+
+    assert [b.name for b in deep.blocks] == ["model.2.m.0", "model.4.m.0"]
+    assert set(deep.block_scores) == {b.name for b in deep.blocks}
+    layers_alone = TrialParams(depth=0.5, round_to=4)
+    alone = make_plan(layers_alone, rerank(layers_alone, deep), deep)
+    assert len(alone.blocks) == 1
+    assert not alone.removed
+    assert predict_ms(alone, deep.profile) < deep.profile.predict_ms({})
+    gone = [layer for layer in deep.profile.layers if alone.inside_blocks(layer.layer)]
+    saved = deep.profile.predict_ms({}) - predict_ms(alone, deep.profile)
+    assert saved == pytest.approx(sum(layer.timing.mean_ms for layer in gone))
+
+    both = replace(PARAMS, depth=0.9)
+    scaled = replace(deep, baseline_ms=10.0, baseline_p90_ms=12.0)
+    result = run_trial(1, both, scaled, tmp_path / "trial", Listener())
+    assert result.state == "complete"
+    plan = PruningPlan.load(tmp_path / "trial" / "plan.json")
+    assert plan.blocks == ("model.2.m.0", "model.4.m.0")
+    assert plan.removed
+    assert all(result.details["removed_share"][layer] == 1.0 for b in deep.blocks for layer in b.layers)
+    shop = type("Own", (), {"task": deep.task})()
+    model, again = restore(shop, tmp_path / "trial", result)
+    assert again == plan
+    assert sum(p.numel() for p in model.parameters()) == result.params
+    document = plan_json(plan, both, deep)
+    assert document["blocks"] == list(plan.blocks)
+    assert {e["layer"]: e["kept"] for e in document["layers"]}["model.2.m.0.cv1.conv"] == 0
+    console = io.StringIO()
+    Console(file=console, width=120).print(plan_table(document))
+    assert "blocks that go as a whole: model.2.m.0, model.4.m.0" in console.getvalue()
+
+
+def test_depth_needs_blocks(bench: Bench) -> None:
+    params = replace(PARAMS, depth=0.5)
+    with pytest.raises(ValueError, match="depth must be 0 for a network without blocks"):
+        make_plan(params, rerank(params, bench), bench)
+
+
+def test_recovery_from_scratch_forgets_the_weights(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[nn.Module] = []
+
+    def untouched(self: Any, model: nn.Module, recovery: Any, folder: Path, heard: Any) -> nn.Module:
+        seen.append(model)
+        heard(0, recovery.epochs, 0.0)
+        return model
+
+    monkeypatch.setattr(type(bench.task), "recover", untouched)
+    scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
+    for number, recovery in enumerate(("finetune", "scratch", "scratch"), 1):
+        params = replace(PARAMS, recovery=recovery)
+        run_trial(number, params, scaled, tmp_path / f"{number}", Listener())
+    tuned, first, second = (dict(model.named_parameters()) for model in seen)
+    same = [name for name in tuned if torch.equal(tuned[name], first[name])]
+    assert [name for name in same if tuned[name].ndim > 1] == ["model.10.dfl.conv.weight"]
+    assert all(torch.equal(first[name], second[name]) for name in first)  # one seed, one start
+    assert all(tuned[name].shape == first[name].shape for name in tuned)
+
+
 # ---- stopping ------------------------------------------------------------------------------------
 
 
@@ -401,7 +517,6 @@ def test_a_model_that_cannot_be_used_is_a_fault_of_the_file(study: StudyFile, tm
 
 
 def text_of(table: Any) -> str:
-    from rich.console import Console
 
     console = Console(width=250, file=io.StringIO(), record=True)
     console.print(table)
