@@ -153,7 +153,7 @@ def _open_lane(
     with FileLock(shop.workspace.folder / ".bench.lock"):
         bench = shop.bench(study.device(name).device())
     device_study.claim(bench)
-    device_study.seat(first_points(study, name, bench, len(device_study.results())))
+    device_study.seat(lambda: first_points(study, name, bench))
     device_study.collect()
     # Only what the storage knows: a trial may have been redone elsewhere while its first worker was away.
     known = {result.trial: result for result in device_study.results()}
@@ -179,6 +179,7 @@ def _turn(lane: _Lane, study: StudyFile, progress: Progress, recorder: Recorder)
         if taken.reason != lane.waits_for:
             lane.waits_for = taken.reason
             progress.notice(f"{lane.study.device}: waiting for {taken.reason}")
+        _patiently(lane.study.first_points, progress.notice)  # a good time for it
         return False
     lane.waits_for = None
     if isinstance(taken, Finished):

@@ -20,7 +20,7 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from .space import widened
+from .space import AMOUNTS, widened
 
 SAMPLERS = ("gp", "tpe", "nsga2", "random", "grid")
 _STARTUP_TRIALS = 6
@@ -30,7 +30,7 @@ class SpacedSampler(BaseSampler):
     """Draws from a declared space, whatever the trials so far were stored with.
 
     Optuna's samplers infer their space from the trials they see, and fall back to independent random draws
-    where one trial's ranges differ; trial 0, the unpruned model, always does. Choices of beta or ratio that
+    where one trial's ranges differ; trial 0, the unpruned model, always does. Choices of an amount (`space.AMOUNTS`) that
     lack its 0 would even be an error to them, so the inner sampler sees such choices as a range, and what it
     draws is moved to the nearest choice.
     """
@@ -41,7 +41,7 @@ class SpacedSampler(BaseSampler):
         self._choices: dict[str, tuple[float, ...]] = {
             name: tuple(float(choice or 0.0) for choice in d.choices)
             for name, d in space.items()
-            if name in ("beta", "ratio") and isinstance(d, CategoricalDistribution)
+            if name in AMOUNTS and isinstance(d, CategoricalDistribution)
         }
         ranges = {name: FloatDistribution(min(values), max(values)) for name, values in self._choices.items()}
         self._drawn: dict[str, BaseDistribution] = {**space, **ranges}
@@ -96,23 +96,36 @@ class NumberedSampler(BaseSampler):
 
     Args:
         make: given a trial's number, the sampler for it.
-        points: of the study's first trials, any of the searched keys; what a point leaves out is drawn.
+        first: point of the study's first trial; None where all are drawn.
+        others: makes the points of the trials after it, any of the searched keys; what a point leaves out is
+            drawn. Called when a trial needs one, for it may take a while.
     """
 
-    def __init__(self, make: Callable[[int], BaseSampler], points: Sequence[Mapping[str, Any]]):
+    def __init__(
+        self,
+        make: Callable[[int], BaseSampler],
+        first: Mapping[str, Any] | None,
+        others: Callable[[], Sequence[Mapping[str, Any]]],
+    ):
         self._make = make
-        self._points = points
+        self._first = first
+        self._others = others
         self._inner: BaseSampler | None = None
         self._point: Mapping[str, Any] | None = None
 
     def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         queued = {t.number for t in study.get_trials(deepcopy=False) if "fixed_params" in t.system_attrs}
         position = trial.number - sum(number < trial.number for number in queued)
-        is_given = trial.number not in queued and 0 not in queued and position < len(self._points)
-        self._point = self._points[position] if is_given else None
+        self._point = None
+        if self._first is not None and trial.number not in queued and 0 not in queued:
+            self._point = self._first if position == 0 else self._other(position - 1)
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)
+
+    def _other(self, position: int) -> Mapping[str, Any] | None:
+        others = self._others()
+        return others[position] if position < len(others) else None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         assert self._inner is not None

@@ -18,7 +18,7 @@ from .proxy import score_kept
 from .rerank import group_scores
 from .result import TrialParams
 from .sections import Limits
-from .space import known_points, params_at, scattered_points, unpruned_point
+from .space import known_points, params_at, scattered_points
 from .studyfile import StudyFile
 from .trial import Bench, make_plan, rerank
 
@@ -38,23 +38,18 @@ class Candidate:
     score_kept: float
 
 
-def first_points(study: StudyFile, device: str, bench: Bench, finished: int = 0) -> list[dict[str, Any]]:
-    """What a study tries before its sampler has something to go on, as points of the searched space.
+def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
+    """What a study tries after the unpruned model, before its sampler has something to go on, as points of
+    the searched space.
 
-    The unpruned model; known good points; and the best of many candidates by what their plans promise. A grid
-    is the whole list by itself.
-
-    Args:
-        finished: trials of the study so far; one that is past its first points needs no screening.
+    Known good points, and the best of many candidates by what their plans promise. A grid has none: it is
+    the whole list by itself.
     """
     search, settings = study.search, study.screening
-    points = [unpruned_point(search)]
     if search.sampler == "grid":
-        return points
-    points += known_points(search)[: max(0, study.trials - 1)]
-    keep = min(settings.keep, max(0, study.trials - len(points)))
-    if finished >= len(points) + keep:
-        return points
+        return []
+    points = known_points(search)[: max(0, study.trials - 1)]
+    keep = min(settings.keep, max(0, study.trials - 1 - len(points)))
     scattered = scattered_points(search, settings.candidates, study.seed) if keep else []
     params = [params_at(search, point, bench.profile.channel_multiple) for point in scattered]
     found = screen(bench, params, study.limits_of(device), keep)

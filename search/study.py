@@ -7,9 +7,10 @@ run.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from .heartbeat import Watch, identity, is_gone
 from .limits import excess_of
 from .result import TrialParams, TrialResult, brief
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .space import searched_space, suggest, unpruned
+from .space import searched_space, suggest, unpruned, unpruned_point
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
@@ -30,6 +31,7 @@ from .uri import redact
 from .workspace import Workspace, read_result
 
 _RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
+_POINTS = "first-points"
 _IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 #: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
 #: blindly, or a sampler might insist; after twenty the space has nothing more to give.
@@ -74,7 +76,10 @@ class DeviceStudy:
         self._watch = Watch()
         self._known: dict[int, TrialResult] = {}
         name = f"{study.name}.{device}"
-        self._turn = turns(workspace.storage_url(study.storage), name, workspace.folder)
+        url = workspace.storage_url(study.storage)
+        self._turn = turns(url, name, workspace.folder)
+        # Making points takes seconds, in which others may well begin and end trials.
+        self._points_turn = turns(url, f"{name}.points", workspace.folder)
         with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.optuna = optuna.create_study(
@@ -85,7 +90,9 @@ class DeviceStudy:
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
             self._id = storage.get_study_id_from_name(name)
-        self.seat(())
+        self._make_points: Callable[[], Sequence[Mapping[str, Any]]] | None = None
+        self._points: Sequence[Mapping[str, Any]] | None = None
+        self.seat(None)
 
     @classmethod
     def existing(
@@ -163,9 +170,15 @@ class DeviceStudy:
 
     # -- asking
 
-    def seat(self, points: Sequence[Mapping[str, Any]]) -> None:
-        """Seat the sampler; the first trials get the given points."""
+    def seat(self, points: Callable[[], Sequence[Mapping[str, Any]]] | None) -> None:
+        """Seat the sampler.
+
+        Args:
+            points: makes what is tried after the unpruned model; None where the sampler decides of all.
+        """
         search = self.file.search
+        self._make_points, self._points = points, None
+        first = None if points is None else unpruned_point(search)
         space = searched_space(search)
 
         def make(number: int) -> optuna.samplers.BaseSampler:
@@ -174,7 +187,29 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, points)
+        self.optuna.sampler = NumberedSampler(make, first, self.first_points)
+
+    def first_points(self) -> Sequence[Mapping[str, Any]]:
+        """What is tried after the unpruned model, made by one worker and read by the others."""
+        if self._points is None:
+            self._points = self._shared_points()
+        return self._points
+
+    def _shared_points(self) -> Sequence[Mapping[str, Any]]:
+        if self._make_points is None:
+            return ()
+        asked = [
+            section.model_dump(mode="json")
+            for section in (self.file.search, self.file.screening, self.file.limits_of(self.device))
+        ]
+        text = json.dumps([asked, self.file.seed, self.file.trials], sort_keys=True)
+        key = f"{_POINTS}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        with self._answering(), self._points_turn():
+            points: Sequence[Mapping[str, Any]] | None = self.optuna.user_attrs.get(key)
+            if points is None:
+                points = self._make_points()
+                self.optuna.set_user_attr(key, points)
+            return points
 
     def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:
         """What this worker is to do: redo a trial whose worker died, begin a new one, wait, or stop.

@@ -37,6 +37,7 @@ from search.groups import ChannelGroup, ChannelGroups, Member
 from search.heartbeat import Watch, identity
 from search.limits import excess_of
 from search.loop import run_search
+from search.prediction import predict_ms
 from search.proxy import score_kept
 from search.rerank import group_scores
 from search.result import TrialParams, TrialResult
@@ -46,7 +47,7 @@ from search.sections import Limits
 from search.space import params_at, scattered_points
 from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
 from search.studyfile import StudyFile, load_study_file
-from search.trial import Bench, make_plan, predict_ms, rerank
+from search.trial import Bench, make_plan, rerank
 from search.workspace import Workspace, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -700,8 +701,7 @@ def test_screening_finds_what_plans_promise(tmp_path: Path) -> None:
     bench = make_bench(study.device("first").device())
     points = first_points(study, "first", bench)
     assert points == first_points(study, "first", bench)
-    assert points[0] == {"beta": 0.0, "ratio": 0.0}
-    assert len(points) == 1 + 4 + 3
+    assert len(points) == 4 + 3
     screened = [params_at(study.search, point, 4) for point in points[-3:]]
     assert all(0.1 <= p.ratio <= 0.7 for p in screened)
     plans = [make_plan(p, rerank(p, bench), bench) for p in screened]
@@ -723,13 +723,43 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     limits = {"latency_ms": 2.0}
     study = make_study(tmp_path, trials=12, limits=limits, screening={"candidates": 200, "keep": 3})
     bench = make_bench(study.device("first").device())
-    for point in first_points(study, "first", bench)[5:]:
+    for point in first_points(study, "first", bench)[4:]:
         params = params_at(study.search, point, 4)
         assert predict_ms(make_plan(params, rerank(params, bench), bench), bench.profile) <= 2.0
     off = study.model_copy(update={"screening": study.screening.model_copy(update={"keep": 0})})
-    assert len(first_points(off, "first", bench)) == 5
+    assert len(first_points(off, "first", bench)) == 4
     short = study.model_copy(update={"trials": 3})
-    assert len(first_points(short, "first", bench)) == 3  # no more than is going to be run
+    assert len(first_points(short, "first", bench)) == 2  # no more than is going to be run
+
+
+def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
+    study = make_study(tmp_path, trials=4)
+    storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    made: list[int] = []
+
+    def make() -> list[dict[str, Any]]:
+        made.append(1)
+        return [{"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
+
+    one, two = (DeviceStudy(study, "first", storage, workspace) for _ in range(2))
+    for worker in (one, two):
+        worker.seat(make)
+    first = one.next_trial(9, 4)
+    assert isinstance(first, Begun)
+    assert (first.params.ratio, made) == (0.0, [])  # nobody waits for points to measure the unpruned model
+    numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
+    done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
+    assert one.tell(first, done)
+    second, third = two.next_trial(9, 4), one.next_trial(9, 4)
+    assert isinstance(second, Begun)
+    assert isinstance(third, Begun)
+    assert (second.params.beta, second.params.ratio) == (0.25, 0.5)
+    assert third.params.ratio == 0.125
+    assert made == [1]
+    longer = DeviceStudy(study.model_copy(update={"trials": 9}), "first", storage, workspace)
+    longer.seat(make)
+    longer.first_points()
+    assert made == [1, 1]  # another number of trials may want other points
 
 
 def test_a_limit_set_or_lifted_later_leaves_the_constraints_alike(tmp_path: Path) -> None:
