@@ -6,6 +6,7 @@ exporters; knows neither pruning nor where the module comes from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -51,6 +52,12 @@ class LayerSpec:
     def __post_init__(self) -> None:
         for key in ("kernel", "stride", "input_hw", "output_hw", "names"):
             object.__setattr__(self, key, tuple(getattr(self, key)))
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates for one input."""
+        pixels = math.prod(self.output_hw) * math.prod(self.kernel)
+        return pixels * self.in_channels * self.out_channels // self.groups
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -27,7 +27,7 @@ from .variants import (
     trial_variants,
 )
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
 #: Profiled inferences of a variant, and those before them: its layers are many, and the fit looks at all.

@@ -28,9 +28,9 @@ from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.lock import host_lock
 from profiles.variants import Variant
 
-from .allocation import Demand, Widths, rank
+from .allocation import Demand, Widths, complexity, rank
 from .budget import channels_removed
-from .costs import WidthCost
+from .costs import WidthCost, unit_shares
 from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .depth import Block, block_scores, find_blocks
 from .groups import ChannelGroups, find_groups, is_selected
@@ -321,9 +321,15 @@ class Shop:
         scores = [rng.random(g.channels) + rng.normal(0.0, variant.spread) for g in self.groups.groups]
         widths = Widths(variant.round_to, self.study.search.min_channels)
         demand = Demand(self.groups, scores, variant.ratio, channels_removed(self.groups), widths)
-        plan = PruningPlan.of(self.task.model_key, self.groups, demand.pick(rank(demand)))
+        if variant.costly:
+            work = {spec.layer: float(spec.macs) for spec in self.baseline(device).layers}
+            counts = complexity(demand, unit_shares(work, self.groups), variant.seed)
+        else:
+            counts = rank(demand)
+        plan = PruningPlan.of(self.task.model_key, self.groups, demand.pick(counts))
         model = prune(self.task.load_model(), plan, self.task.settle)
-        name = f"{variant.ratio:g}-{variant.round_to}-{variant.seed}-{variant.spread:g}"
+        # The seed is the variant's alone, but for the multiple.
+        name = f"{variant.seed}-{variant.round_to}"
         with host_lock("export"):
             return export_artifact(
                 self.task.deployable(model), device, folder / name, self.task.input_shape

@@ -7,6 +7,7 @@ Works on the cached profile alone; no model is touched, nothing is measured. Kno
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,13 +102,13 @@ class WidthCost:
         result: FloatArray = by_in @ self.into + by_out @ self.out
         return result
 
-    def by_layer(self) -> FloatArray:
-        """Each layer's part of the unpruned network's cost, `(L,)`; of the latency, what was profiled."""
+    def by_layer(self) -> dict[str, float]:
+        """Layer to its part of the unpruned network's cost; of the latency, what was profiled."""
         if self.quantity == "latency":
-            return np.array([layer.timing.mean_ms for layer in self.profile.layers])
+            return {layer.layer: layer.timing.mean_ms for layer in self.profile.layers}
         fed = np.where(self._depthwise, 1.0, self._in)
-        result: FloatArray = self._out * (fed * self._pair + self._each)
-        return result
+        parts = self._out * (fed * self._pair + self._each)
+        return {layer.layer: float(p) for layer, p in zip(self.profile.layers, parts, strict=True)}
 
 
 def quantity_of(cost: str) -> str:
@@ -115,16 +116,17 @@ def quantity_of(cost: str) -> str:
     return "latency" if cost in ("layer", "marginal") else cost
 
 
-def unit_shares(cost: WidthCost, groups: ChannelGroups) -> FloatArray:
-    """What the layers that make each unit's channels cost, as shares of the units' total; `(units,)`."""
-    position = {layer.layer: i for i, layer in enumerate(cost.profile.layers)}
-    parts = cost.by_layer()
+def unit_shares(by_layer: Mapping[str, float], groups: ChannelGroups) -> FloatArray:
+    """What the layers that make each unit's channels cost, as shares of the units' total; `(units,)`.
+
+    Args:
+        by_layer: layer to its part of the unpruned network's cost; layers left out cost nothing.
+    """
     own = np.zeros(len(groups.groups))
     for g, group in enumerate(groups.groups):
         for member in group.weighted:
-            if member.layer in position:
-                i = position[member.layer]
-                own[g] += parts[i] * member.index.size / cost.profile.layers[i].out_channels
+            whole = groups.widths[member.layer][1]
+            own[g] += by_layer.get(member.layer, 0.0) * member.index.size / whole
     shares = groups.gather(own)
     result: FloatArray = shares / shares.sum()
     return result

@@ -30,9 +30,9 @@ class SpacedSampler(BaseSampler):
     """Draws from a declared space, whatever the trials so far were stored with.
 
     Optuna's samplers infer their space from the trials they see, and fall back to independent random draws
-    where one trial's ranges differ; trial 0, the unpruned model, always does. Choices of an amount (`space.AMOUNTS`) that
-    lack its 0 would even be an error to them, so the inner sampler sees such choices as a range, and what it
-    draws is moved to the nearest choice.
+    where one trial's ranges differ; trial 0, the unpruned model, always does. Choices of an amount
+    (`space.AMOUNTS`) that lack its 0 would even be an error to them, so the inner sampler sees such choices
+    as a range, and what it draws is moved to the nearest choice.
     """
 
     def __init__(self, inner: BaseSampler, space: dict[str, BaseDistribution]):

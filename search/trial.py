@@ -225,7 +225,7 @@ def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.in
         return knapsack(demand)
     cost = bench.cost(quantity_of(params.cost))
     if params.allocation == "complexity":
-        return complexity(demand, unit_shares(cost, demand.groups), bench.recovery.seed)
+        return complexity(demand, unit_shares(cost.by_layer(), demand.groups), bench.recovery.seed)
     if params.allocation == "sensitivity":
         return sensitivity(demand, bench.curves[params.criterion], cost, params.beta)
     return rank(demand)

@@ -84,7 +84,7 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
                 block = {
                     "do": "block",
                     "runs": runs[order.index(index)],
-                    "settle": 1 if typical_ms > 50 else 2,
+                    "settle": 1 if typical_ms > 15 else 2,
                 }
                 blocks.append((index, children[index].ask(block, timeout_s)))
                 children[index].pause()
