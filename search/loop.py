@@ -135,7 +135,7 @@ def run_search(
     faults |= {lane.study.device: lane.fault for lane in lanes if lane.fault is not None}
     if faults and not interrupted():
         raise SearchError("; ".join(faults.values()))
-    fronts = {lane.study.device: lane.study.front() for lane in lanes}
+    fronts = {lane.study.device: _patiently(lane.study.front, progress.notice) for lane in lanes}
     return {name: front for name, front in fronts.items() if front is not None}
 
 
@@ -224,8 +224,9 @@ def _one_trial(
         )
     folder = study.workspace.trial(study.device, begun.number)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted attempt left
-    progress.trial_begins(study.device, begun.number, study.done(), lane.wanted, begun.params)
-    gate = _gate(study, begun, bench, front, file)
+    done = _patiently(study.done, progress.notice)
+    progress.trial_begins(study.device, begun.number, done, lane.wanted, begun.params)
+    gate = _gate(study, begun, bench, front, file, _patiently(study.results, progress.notice))
     with Pulse(lambda count: study.beat(begun, count)):
         try:
             result = run_trial(begun.number, begun.params, bench, folder, progress, gate)
@@ -253,11 +254,21 @@ def _one_trial(
     return result
 
 
-def _gate(study: DeviceStudy, begun: Begun, bench: Bench, front: ParetoFront | None, file: StudyFile) -> Gate:
-    """The rules for one trial; a storage that is away for a moment stops nothing."""
+def _gate(
+    study: DeviceStudy,
+    begun: Begun,
+    bench: Bench,
+    front: ParetoFront | None,
+    file: StudyFile,
+    latest: Sequence[TrialResult],
+) -> Gate:
+    """The rules for one trial; a storage that is away for a moment stops nothing.
+
+    Args:
+        latest: finished trials, to go by until the storage says otherwise.
+    """
     if front is None or not file.stopping.enabled:
         return OpenGate()
-    latest: list[TrialResult] = study.results()
 
     def results() -> Sequence[TrialResult]:
         nonlocal latest

@@ -75,6 +75,7 @@ class DeviceStudy:
         self._storage = storage
         self._watch = Watch()
         self._known: dict[int, TrialResult] = {}
+        self._taken: int | None = None  # id of a trial that is this worker's and was not begun yet
         name = f"{study.name}.{device}"
         url = workspace.storage_url(study.storage)
         self._turn = turns(url, name, workspace.folder)
@@ -222,14 +223,18 @@ class DeviceStudy:
                 taken = self._take(wanted)
             if not isinstance(taken, int):
                 return taken
+            self._taken = taken
             trial = optuna.Trial(self.optuna, taken)
             params = suggest(trial, self.file.search, auto_round_to)
+        self._taken = None
         if trial.number == 0:
             params = unpruned(params)
         return Begun(trial, params)
 
     def _take(self, wanted: int) -> int | Waiting | Finished:
         """The id of a trial that is now this worker's."""
+        if self._taken is not None:  # and not begun: the storage went away in between
+            return self._taken
         for frozen in self._abandoned():
             result = self._measured(frozen) or self._bury(frozen)
             if result is None:
@@ -352,8 +357,10 @@ class DeviceStudy:
         """
         with self._answering(), self._turn():
             frozen = self._storage.get_trial(begun.trial._trial_id)
-            if frozen.state.is_finished() or frozen.user_attrs.get(_WORKER) != identity():
+            if frozen.user_attrs.get(_WORKER) != identity():
                 return False
+            if frozen.state.is_finished():  # this very result where the storage went away after it had it
+                return bool(frozen.user_attrs.get(_RESULT) == json.dumps(result.to_json()))
             self._finish(begun.trial, result)
             return True
 

