@@ -63,8 +63,9 @@ def export_pairs(device: Device, folder: Path) -> dict[str, tuple[Artifact, Arti
     baseline = export_artifact(chain(LAYERS), device, folder / "baseline", shape)
     longer = export_artifact(chain(LAYERS + 1), device, folder / "longer", shape)
     (folder / "copy").mkdir()
-    path = Path(shutil.copy(baseline.path, folder / "copy"))
-    copy = Artifact.from_json(baseline.to_json(), path.parent)
+    for path in baseline.files:
+        shutil.copy(path, folder / "copy")
+    copy = Artifact.from_json(baseline.to_json(), folder / "copy")
     return {"identical": (copy, baseline), "3% slower": (longer, baseline)}
 
 

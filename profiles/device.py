@@ -115,7 +115,7 @@ class DeviceFacts:
 
     Attributes:
         stable: what numbers depend on: CPU and GPU model, instruction sets, runtime and its version,
-            threads, precision, providers, governor, number of CPUs.
+            threads, precision, providers, governor, allocator, number of CPUs.
         state: what may disturb a measurement just now: `load_1m`, `busy` (share by CPU), `temperature_c`,
             `clock_mhz` and `clock_max_mhz` of the CPUs to measure on, `throttled` (a Raspberry Pi's bits),
             `on_battery`; None where unreadable.

@@ -158,6 +158,7 @@ def _name_onnx_layers(
         for tensor in node.input:
             consumers.setdefault(tensor, []).append(node)
     names: dict[str, tuple[str, ...]] = {}
+    made_by: dict[str, str] = {}  # the weight in the file to its layer, for layers that are called again
     for node in model.graph.node:
         if node.op_type not in _WEIGHTED:
             continue
@@ -165,12 +166,18 @@ def _name_onnx_layers(
             values = numpy_helper.to_array(initializers[tensor])
             keys = [_content(values)] + ([_content(values.T)] if values.ndim == 2 else [])
             key = next((k for k in keys if waiting.get(k)), None)
-            if key is None:
+            if key is None and tensor not in made_by:
                 continue
+            follow = [c.output[0] for c in consumers.get(node.output[0], []) if c.op_type in _FOLDED]
+            if key is None:
+                found = made_by[tensor]
+                node.name = f"{found}/{len(names[found])}"
+                names[found] = (*names[found], node.name, node.output[0], *follow)
+                break
             named = tensor.removesuffix(".weight")
             found = named if named in waiting[key] else waiting[key][0]
             waiting[key].remove(found)
-            follow = [c.output[0] for c in consumers.get(node.output[0], []) if c.op_type in _FOLDED]
+            made_by[tensor] = found
             names[found] = (node.output[0], *follow)
             node.name = found
             break

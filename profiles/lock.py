@@ -19,7 +19,6 @@ from filelock import FileLock, ReadWriteLock
 MEASURE = "measure"
 
 _held: list[str] = []
-_thread: int | None = None
 _guard = threading.RLock()
 
 

@@ -168,21 +168,24 @@ def measure_variants(
 
     Raises: as `measure.measure_together`.
     """
-    from .measure import measure_together
+    from .measure import measure_together, measuring
 
     logs: list[Floats] = []
     operators: list[Any] = []
-    start = time.monotonic()
+    taken_s = 0.0
     while True:
         shares: list[float] = []
-        for at in range(0, len(artifacts), TOGETHER):
-            some = artifacts[at : at + TOGETHER]
-            profiled = 0 if logs else repeats
-            found = measure_together(
-                device, some, baseline, first=len(logs), profiled=profiled, warmup=warmup
-            )
-            shares += found.ratios
-            operators += found.operators
+        with measuring(device):  # a wait for the machine is none of the measurement's time
+            start = time.monotonic()
+            for at in range(0, len(artifacts), TOGETHER):
+                some = artifacts[at : at + TOGETHER]
+                profiled = 0 if logs else repeats
+                found = measure_together(
+                    device, some, baseline, first=len(logs), profiled=profiled, warmup=warmup
+                )
+                shares += found.ratios
+                operators += found.operators
+            taken_s += time.monotonic() - start
         logs.append(np.log(shares))
         # One figure for all of them: with so few passes each one's own would be chance.
         deviation = float(np.sqrt(np.mean(np.var(logs, axis=0, ddof=1)))) if len(logs) > 1 else math.inf
@@ -190,7 +193,7 @@ def measure_variants(
         if progress:
             known = f" ± {error:.1%}" if error < 1 else ""
             progress(f"pass {len(logs)} over {len(artifacts)} variants{known}")
-        late = (time.monotonic() - start) * (1 + 1 / len(logs)) > limit_s
+        late = taken_s * (1 + 1 / len(logs)) > limit_s
         if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
     return Measured(np.exp(np.median(logs, axis=0)), error, tuple(operators))

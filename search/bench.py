@@ -125,7 +125,9 @@ class Shop:
 
     def rescore(self, criterion: str, plan: PruningPlan) -> ChannelScores:
         """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
-        data_key = f"{scores_data_key(criterion, self.task, **self._calibration)}-{plan.digest}"
+        sample = self._calibration  # batch norm is re-estimated on it, whatever the criterion looks at
+        data_key = scores_data_key(criterion, self.task, **sample)
+        data_key = f"{data_key}-{sample['images']}-{sample['batch']}-{plan.digest}"
         return self._cached_scores(
             criterion, data_key, lambda: rescore(self.task, plan, criterion, self._calibration)
         )
@@ -168,11 +170,19 @@ class Shop:
         if search.depth == 0.0:
             return ()
         example = torch.from_numpy(self.task.sample_images(2))
-        return tuple(
-            block
-            for block in find_blocks(self.task.load_model(), example)
-            if all(is_selected(layer, search.include, search.exclude) for layer in block.layers)
-        )
+        with host_lock("scores"):
+            found = find_blocks(self.task.load_model(), example)
+        left = [b for b in found if all(is_selected(n, search.include, search.exclude) for n in b.layers)]
+        if not left:
+            raise StudyFileError(
+                self.study.source.name,
+                [
+                    "search.depth must be 0 for a network without blocks that can go (a shortcut around "
+                    f"layers that keep the shape), got {search.depth}; {len(found)} were found, none of them "
+                    "within search.include and search.exclude"
+                ],
+            )
+        return tuple(left)
 
     def block_scores(self) -> dict[str, float]:
         """Cached scores of the blocks, computed where they are missing."""
@@ -304,12 +314,20 @@ class Shop:
         return cache.get("profile", key, LatencyProfile.from_json)
 
     def _profile_entry(self, device: Device, fingerprint: str) -> tuple[Cache, dict[str, Any]]:
+        search, variants = self.study.search, {}
+        if self.study.profile.model == "fitted":  # to variants in which these layers were narrowed
+            variants = {
+                "include": list(search.include),
+                "exclude": list(search.exclude),
+                "min_channels": search.min_channels,
+            }
         return Cache(self.workspace.cache), {
             "model_key": self.task.model_key,
             "input_shape": list(self.task.input_shape),
             "fingerprint": fingerprint,
             "device": device.to_json(),
             **self.study.profile.model_dump(),
+            **variants,
         }
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:

@@ -42,7 +42,7 @@ def compute_scores(
     seed: int = 0,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> ChannelScores:
-    """Scores of the unpruned model, on the task's calibration images where the criterion looks at images.
+    """Scores of the task's model, on the task's calibration images where the criterion looks at images.
 
     Args:
         criterion: one of `CRITERIA`.

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+_PLAIN = (bool, int, float, str, list, tuple)
+
+
 @dataclass(frozen=True)
 class Block:
     """A part of a network that can be replaced by the identity.
@@ -147,7 +150,7 @@ def weakest_blocks(
         blocks: of `find_blocks`.
         scores: of `block_scores`.
         layer_ms: layer name to its latency.
-        share: of the blocks to remove, in [0, 1); above 0 at least one goes.
+        share: of the blocks to remove, in [0, 1); the nearest number of them goes.
         beta: exponent of the normalised latency, in [0, 1].
 
     Returns:
@@ -165,7 +168,7 @@ def weakest_blocks(
         )
     norm = normalise({b.name: sum(layer_ms.get(layer, 0.0) for layer in b.layers) for b in blocks})
     order = sorted(blocks, key=lambda block: scores[block.name] / norm[block.name] ** beta)
-    return tuple(sorted(block.name for block in order[: max(1, round(share * len(blocks)))]))
+    return tuple(sorted(block.name for block in order[: round(share * len(blocks))]))
 
 
 def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> nn.Module:
@@ -180,7 +183,11 @@ def remove_blocks(model: nn.Module, blocks: Iterable[str]) -> nn.Module:
     if unknown := [name for name in blocks if name not in names]:
         raise ValueError(f"blocks must be modules of the model, got {', '.join(unknown[:3])}")
     for name in blocks:
-        model.set_submodule(name, nn.Identity())
+        identity = nn.Identity()
+        # Frameworks note on a module where its input comes from, and read it there.
+        notes = {k: v for k, v in vars(model.get_submodule(name)).items() if isinstance(v, _PLAIN)}
+        vars(identity).update({k: v for k, v in notes.items() if not k.startswith("_")})
+        model.set_submodule(name, identity)
     return model
 
 

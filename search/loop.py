@@ -12,10 +12,10 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -153,7 +153,13 @@ def _open_lane(
     with FileLock(shop.workspace.folder / ".bench.lock"):
         bench = shop.bench(study.device(name).device())
     device_study.claim(bench)
-    device_study.seat(lambda: first_points(study, name, bench))
+
+    def points() -> Sequence[Mapping[str, Any]]:
+        front = device_study.front()
+        base_ms = None if front is None else front.baseline.latency_ms
+        return first_points(study, name, replace(bench, baseline_ms=base_ms))
+
+    device_study.seat(points)
     device_study.collect()
     # Only what the storage knows: a trial may have been redone elsewhere while its first worker was away.
     known = {result.trial: result for result in device_study.results()}
@@ -179,7 +185,6 @@ def _turn(lane: _Lane, study: StudyFile, progress: Progress, recorder: Recorder)
         if taken.reason != lane.waits_for:
             lane.waits_for = taken.reason
             progress.notice(f"{lane.study.device}: waiting for {taken.reason}")
-        _patiently(lane.study.first_points, progress.notice)  # a good time for it
         return False
     lane.waits_for = None
     if isinstance(taken, Finished):
@@ -245,7 +250,8 @@ def _one_trial(
                 f"{study.device} trial {begun.number} was taken over by another worker while this one was "
                 "not heard of; its result here is dropped"
             )
-            shutil.rmtree(folder, ignore_errors=True)
+            if not _patiently(lambda: study.is_redone_here(begun), progress.notice):
+                shutil.rmtree(folder, ignore_errors=True)
             return None
     if result.details.get("retry"):
         _patiently(lambda: study.again(begun), progress.notice)
@@ -276,13 +282,15 @@ def _gate(
             latest = study.results()
         return latest
 
-    def claim(digest: str) -> int | None:
+    def claim(way: str) -> int | None:
         with contextlib.suppress(StorageAwayError):
-            return study.claim_plan(begun, digest)
+            return study.claim_plan(begun, way)
         return None
 
     limits = file.limits_of(study.device)
-    return FrontGate(front.baseline, results, bench.profile, limits, file.stopping, claim)
+    return FrontGate(
+        front.baseline, results, bench.profile, limits, file.stopping, claim, begun.params.recovery
+    )
 
 
 def _leave_record(result: TrialResult, folder: Path, trace: str) -> None:

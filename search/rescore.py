@@ -55,7 +55,8 @@ def rescore(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str
     pruned = cast("Task", _Pruned(task, plan, settings["images"], settings["batch"]))
     found = compute_scores(criterion, pruned, **settings)
     layers = {name: _original(values, plan.layers.get(name)) for name, values in found.layers.items()}
-    return ChannelScores(criterion, task.model_key, f"{found.data_key}-{plan.digest}", layers)
+    sample = f"{settings['images']}-{settings['batch']}"
+    return ChannelScores(criterion, task.model_key, f"{found.data_key}-{sample}-{plan.digest}", layers)
 
 
 def _original(values: FloatArray, cut: LayerCut | None) -> FloatArray:

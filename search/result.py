@@ -148,8 +148,13 @@ class TrialResult:
         return cls(trial, device, fingerprint, asked, "failed", reason, finished_at=now, details=details)
 
     @property
+    def way(self) -> str | None:
+        """What makes two trials the same: the plan and how it was trained back; None without a plan."""
+        return None if self.plan_digest is None else way_of(self.plan_digest, self.asked.recovery)
+
+    @property
     def was_only_planned(self) -> bool:
-        """Stopped before anything was measured; such a trial took milliseconds."""
+        """Stopped before anything was measured; unless it took several steps, within milliseconds."""
         return self.state == "stopped" and self.latency_ms is None
 
     def to_json(self) -> dict[str, Any]:
@@ -171,6 +176,11 @@ class TrialResult:
             low, high = data["speedup_ci"]
             known["speedup_ci"] = (low, high)
         return cls(**known)
+
+
+def way_of(plan_digest: str, recovery: str) -> str:
+    """Names a plan together with how it is trained back."""
+    return plan_digest if recovery == "finetune" else f"{plan_digest}-{recovery}"
 
 
 def brief(value: Any) -> str:

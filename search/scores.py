@@ -8,6 +8,7 @@ device and no plan.
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +66,8 @@ class ChannelScores:
             "layers": json.dumps(list(self.layers)),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        # A name of its own: two workers of one folder may compute the same scores at the same moment.
+        partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
         save_file(
             {name: np.ascontiguousarray(v) for name, v in self.layers.items()}, partial, metadata=header
         )

@@ -72,14 +72,15 @@ def screen(
     base_ms = bench.profile.predict_ms({})
     slack = 1.0 - min(1.0, bench.profile.model.error or 0.0)
     scale = 1.0 if bench.baseline_ms is None else bench.baseline_ms / base_ms
-    found: dict[str, Candidate] = {}
+    found: dict[tuple[str, str], Candidate] = {}
     for position, plan in _plans(bench, params, limit_s):
         kept, predicted = score_kept(plan, scores, bench.groups), predict_ms(plan, bench.profile)
         if kept is None or plan.is_empty or predicted >= base_ms:
             continue
         if limits.latency_ms is not None and predicted * scale * slack > limits.latency_ms:
             continue
-        found.setdefault(plan.digest, Candidate(position, predicted, kept))
+        way = (plan.digest, params[position].recovery)
+        found.setdefault(way, Candidate(position, predicted, kept))
     front: list[Candidate] = []
     for candidate in sorted(found.values(), key=lambda c: (c.predicted_ms, -c.score_kept, c.position)):
         if not front or candidate.score_kept > front[-1].score_kept:

@@ -78,12 +78,16 @@ def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> T
 
 def fixed_params(search: SearchSection, auto_round_to: int) -> TrialParams:
     """The parameters of a search section in which beta and ratio are fixed; of other searched keys the first
-    choice.
+    choice or the lowest value.
     """
     values: dict[str, Any] = {}
     for key in KEYS:
         value = getattr(search, key)
-        values[key] = value.choices[0] if isinstance(value, Choices) else value
+        if isinstance(value, Choices):
+            value = value.choices[0]
+        elif isinstance(value, Range):
+            value = value.low
+        values[key] = value
     if values["round_to"] == "auto":
         values["round_to"] = auto_round_to
     return TrialParams(**values)
@@ -132,7 +136,7 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
     """Points worth trying before any sampler has something to go on, within the searched ranges.
 
     Plain Taylor (beta 0) at a quarter, half and three quarters of the ratio range, and the paper's beta 0.5
-    at 30%. Other searched keys are left to the sampler.
+    at 30%; all with as many blocks as can be kept. Other searched keys are left to the sampler.
     """
     space = searched_space(search)
 
@@ -150,6 +154,7 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
     for share in (0.5, 0.25, 0.75):
         points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
     points.append({**nearest("beta", 0.5), **nearest("ratio", 0.3)})
+    points = [{**point, **nearest("depth", 0.0)} for point in points]
     return [p for i, p in enumerate(points) if p and p not in points[:i]]
 
 

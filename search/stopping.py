@@ -18,7 +18,7 @@ from profiles.latency_profile import LatencyProfile
 
 from .plan import PruningPlan
 from .prediction import predict_ms
-from .result import TrialResult
+from .result import TrialResult, way_of
 from .sections import Limits, StoppingSection
 
 
@@ -66,7 +66,9 @@ class FrontGate:
     Attributes:
         baseline: the unpruned model of this device.
         results: the device's finished trials, read anew at every question: other workers finish theirs.
-        claim: given a plan's digest, the number of another trial that has this plan, or None.
+        claim: given what names a plan and its recovery (`result.way_of`), the number of another trial that
+            has these, or None.
+        recovery: how this trial is trained back; what to expect is learned from trials of the same kind.
     """
 
     baseline: TrialResult
@@ -75,6 +77,7 @@ class FrontGate:
     limits: Limits
     rules: StoppingSection
     claim: Callable[[str], int | None]
+    recovery: str = "finetune"
     _low_ms: float = 0.0
     _latency_ms: float = 0.0
     _kept: float | None = None
@@ -85,7 +88,7 @@ class FrontGate:
     def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None:
         """A plan seen before, or one whose predicted latency rules it out."""
         self._kept = score_kept
-        twin = self.claim(plan.digest)
+        twin = self.claim(way_of(plan.digest, self.recovery))
         if twin is not None:
             return f"the same plan as trial {twin}"
         error = self.profile.model.error
@@ -132,7 +135,7 @@ class FrontGate:
         """The highest accuracy that this share of kept scores promises, by the trials so far."""
         seen = sorted(
             (float(r.details["score_kept"]), _accuracy(r))
-            for r in self._complete()
+            for r in self._alike()
             if r.details.get("score_kept") is not None
         )
         if self._kept is None or len(seen) <= self.rules.after:
@@ -164,7 +167,7 @@ class FrontGate:
         if gap <= 0:
             return None
         gains = []
-        for result in self._complete():
+        for result in self._alike():
             curve = result.epochs[: epochs + 1]
             if result.trial == 0 or len(curve) <= epochs:
                 continue
@@ -189,12 +192,12 @@ class FrontGate:
         """Successive halving: at this epoch, is the trial among the best by rank?"""
         if self.rules.halving < 2 or done < 1 or done & (done - 1):
             return None
-        if sum(r.trial > 0 for r in self._complete()) < self.rules.after:
+        if sum(r.trial > 0 for r in self._alike()) < self.rules.after:
             return None
         points = [
             (float(r.latency_ms), max(r.epochs[: done + 1]))
             for r in self.results()
-            if r.trial > 0 and r.latency_ms is not None and len(r.epochs) > done
+            if r.trial > 0 and r.latency_ms is not None and len(r.epochs) > done and self._is_alike(r)
         ]
         own = (self._latency_ms, max(self._curve))
         ranks = pareto_ranks([*points, own])
@@ -224,6 +227,13 @@ class FrontGate:
     @property
     def _margin(self) -> float:
         return self.rules.margin * _accuracy(self.baseline)
+
+    def _is_alike(self, result: TrialResult) -> bool:
+        """From random weights or not: accuracies during and after the recovery tell nothing of the other."""
+        return result.trial == 0 or result.asked.recovery == self.recovery
+
+    def _alike(self) -> list[TrialResult]:
+        return [r for r in self._complete() if self._is_alike(r)]
 
     def _complete(self) -> list[TrialResult]:
         return [r for r in self.results() if r.state == "complete"]

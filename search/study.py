@@ -18,12 +18,14 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from profiles.lock import host_lock
+
 from .front import ParetoFront
 from .heartbeat import Watch, identity, is_gone
 from .limits import excess_of
 from .result import TrialParams, TrialResult, brief
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .space import searched_space, suggest, unpruned, unpruned_point
+from .space import params_at, searched_space, suggest, unpruned, unpruned_point
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
@@ -205,12 +207,16 @@ class DeviceStudy:
         ]
         text = json.dumps([asked, self.file.seed, self.file.trials], sort_keys=True)
         key = f"{_POINTS}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        with self._answering(), self._points_turn():
-            points: Sequence[Mapping[str, Any]] | None = self.optuna.user_attrs.get(key)
-            if points is None:
-                points = self._make_points()
-                self.optuna.set_user_attr(key, points)
-            return points
+        with self._answering():
+            known: Sequence[Mapping[str, Any]] | None = self.optuna.user_attrs.get(key)
+        if known is not None:
+            return known
+        # The machine first: waiting for it may take minutes, in which nobody should hold the turn.
+        with host_lock("screening"), self._answering(), self._points_turn():
+            if key not in self.optuna.user_attrs:
+                self.optuna.set_user_attr(key, self._make_points())
+            made: Sequence[Mapping[str, Any]] = self.optuna.user_attrs[key]
+            return made
 
     def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:
         """What this worker is to do: redo a trial whose worker died, begin a new one, wait, or stop.
@@ -234,12 +240,14 @@ class DeviceStudy:
     def _take(self, wanted: int) -> int | Waiting | Finished:
         """The id of a trial that is now this worker's."""
         if self._taken is not None:  # and not begun: the storage went away in between
-            return self._taken
+            frozen, self._taken = self._storage.get_trial(self._taken), None
+            if not frozen.state.is_finished() and frozen.user_attrs.get(_WORKER) == identity():
+                return int(frozen._trial_id)
         for frozen in self._abandoned():
             result = self._measured(frozen) or self._bury(frozen)
             if result is None:
                 return self._sign(frozen._trial_id)
-            self._finish(optuna.Trial(self.optuna, frozen._trial_id), result)
+            self._finish(self._reopened(frozen), result)
         trials = self.optuna.get_trials(deepcopy=False)
         results = self._results(trials)
         if not trials:
@@ -288,7 +296,15 @@ class DeviceStudy:
             for frozen in self._abandoned():
                 result = self._measured(frozen)
                 if result is not None:
-                    self._finish(optuna.Trial(self.optuna, frozen._trial_id), result)
+                    self._finish(self._reopened(frozen), result)
+
+    def _reopened(self, frozen: FrozenTrial) -> optuna.Trial:
+        """A trial to be told, not begun: no sampler has to make up its mind, which may take a while."""
+        seated, self.optuna.sampler = self.optuna.sampler, optuna.samplers.RandomSampler()
+        try:
+            return optuna.Trial(self.optuna, frozen._trial_id)
+        finally:
+            self.optuna.sampler = seated
 
     def _measured(self, frozen: FrozenTrial) -> TrialResult | None:
         """What an abandoned trial had measured: told but not finished, or left in the folder here."""
@@ -303,7 +319,7 @@ class DeviceStudy:
         if frozen.number == 0 or (len(set(deaths)) < _HOSTS_LOST and len(deaths) < _LIVES_LOST):
             return None
         reason = f"its worker died {len(deaths)} times, on {', '.join(dict.fromkeys(deaths))}; out of memory?"
-        asked = TrialParams.from_json(frozen.params)
+        asked = params_at(self.file.search, frozen.params, 1)
         return TrialResult.failed(frozen.number, self.device, "", asked, reason)
 
     def _abandoned(self) -> list[FrozenTrial]:
@@ -322,24 +338,34 @@ class DeviceStudy:
         """Show that the trial's worker lives."""
         self._storage.set_trial_user_attr(begun.trial._trial_id, _BEAT, count)
 
-    def claim_plan(self, begun: Begun, digest: str) -> int | None:
-        """Take a plan for a trial, or the number of the trial that has it: one that measured it or is about
-        to.
+    def claim_plan(self, begun: Begun, way: str) -> int | None:
+        """Take a plan with its recovery for a trial, or the number of the trial that has these: one that
+        measured them or is about to.
+
+        Args:
+            way: see `result.way_of`.
         """
         with self._answering(), self._turn():
             trials = self.optuna.get_trials(deepcopy=False, states=(*_LIVE, TrialState.RUNNING))
-            same = [t for t in trials if t.user_attrs.get(_PLAN) == digest]
+            same = [t for t in trials if t.user_attrs.get(_PLAN) == way]
             others = [t for t in same if t.number != begun.number]
             if others:
                 complete = [t.number for t in others if t.user_attrs.get("state") == "complete"]
                 return min(complete or [t.number for t in others])
-            self._storage.set_trial_user_attr(begun.trial._trial_id, _PLAN, digest)
+            self._storage.set_trial_user_attr(begun.trial._trial_id, _PLAN, way)
             return None
 
     def give_up(self, begun: Begun) -> None:
         """Leave a trial to be redone under its own number by whoever comes next."""
+        with self._answering(), self._turn():
+            if self._storage.get_trial(begun.trial._trial_id).user_attrs.get(_WORKER) == identity():
+                self._storage.set_trial_user_attr(begun.trial._trial_id, _WORKER, {})
+
+    def is_redone_here(self, begun: Begun) -> bool:
+        """Whether a trial was taken over by a worker of this machine, which may use the same folder."""
         with self._answering():
-            self._storage.set_trial_user_attr(begun.trial._trial_id, _WORKER, {})
+            worker = self._storage.get_trial(begun.trial._trial_id).user_attrs.get(_WORKER) or {}
+            return bool(worker.get("host") == identity()["host"])
 
     def again(self, begun: Begun) -> None:
         """Queue a failed trial's parameters for another trial."""
@@ -374,7 +400,7 @@ class DeviceStudy:
         for key, value in (("state", result.state), ("reason", result.reason)):
             trial.set_user_attr(key, value)
         if result.state != "failed":  # a failed plan may be tried again
-            trial.set_user_attr(_PLAN, result.plan_digest)
+            trial.set_user_attr(_PLAN, result.way)
         shown = self._shown_to_sampler(result)
         if shown is None:
             self.optuna.tell(trial, state=TrialState.FAIL if result.state == "failed" else TrialState.PRUNED)
@@ -390,7 +416,7 @@ class DeviceStudy:
         if result.state == "failed":
             return None
         if result.accuracy is None and result.plan_digest is not None:
-            twins = [r for r in self.results() if r.plan_digest == result.plan_digest]
+            twins = [r for r in self.results() if r.way == result.way]
             return next((r for r in twins if r.state == "complete"), None)
         return result if result.latency_ms is not None and result.accuracy is not None else None
 
@@ -411,6 +437,7 @@ class DeviceStudy:
         try:
             yield
         except (optuna.exceptions.StorageInternalError, OperationalError) as error:
+            self._watch = Watch()  # nobody could show a sign of life meanwhile
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise StorageAwayError(f"the storage does not answer: {redact(lines[0])}") from error
 

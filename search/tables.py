@@ -116,9 +116,10 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
             }
         )
     removed = sum(
-        len(plan.removed.get(group.name, ())) * int(weight)
-        for group, weight in zip(bench.groups.groups, bench.groups.weights, strict=True)
-    )
+        len(plan.layers[layer].removed_out) if layer in plan.layers else 0
+        for layer in prunable
+        if not plan.inside_blocks(layer)
+    ) + sum(bench.groups.widths[layer][1] for layer in prunable if plan.inside_blocks(layer))
     return {
         "device": bench.device.name,
         "beta": params.beta,

@@ -1,8 +1,9 @@
 """One trial, in five steps: rerank, plan, prune, recover, judge.
 
 Knows neither Optuna nor MLflow: it is given parameters and a bench, and returns what it measured. Nothing in
-it computes a score or profiles a layer; both come from caches. Latency does not depend on weights, so it is
-measured before the recovery, and a gate may end the trial after each step.
+it profiles a layer, and only a schedule of several steps asks for scores that no cache holds yet, those of
+what is left. Latency does not depend on weights, so it is measured before the recovery, and a gate may end
+the trial after each step.
 """
 
 from __future__ import annotations

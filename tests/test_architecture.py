@@ -144,3 +144,15 @@ def test_the_reader_sees_every_form_of_import(
     path.parent.mkdir()
     path.write_text(source)
     assert name in [found for found, _ in imports(path)]
+
+
+def test_the_runner_is_python_3_9() -> None:
+    """A board's system Python runs it; nothing here does, so what newer versions brought is looked for."""
+    files = sorted((ROOT / "profiles" / "runner").glob("*.py"))
+    assert len(files) > 5
+    for path in files:
+        tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
+        for node in ast.walk(tree):
+            assert not isinstance(node, ast.Match), f"{path.name}:{node.lineno} has a match statement"
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "zip":
+                assert not node.keywords, f"{path.name}:{node.lineno} gives zip a keyword"

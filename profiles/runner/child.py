@@ -145,17 +145,16 @@ class Child:
             return f"the measured process ended with exit status {self._process.wait()}"
         _, status = os.waitpid(self.pid, 0)
         self.pid = 0
-        if os.WIFSIGNALED(status):
-            name = signal.Signals(os.WTERMSIG(status)).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
-            return f"the measured process was killed by {name}{hint}"
-        return f"the measured process ended with exit status {os.WEXITSTATUS(status)}"
+        return _ending(status)
 
     def pause(self) -> None:
         """Stop it, so that nothing of it spins while the other one is measured."""
         if CAN_STOP and not self._paused:
             os.kill(self.pid, signal.SIGSTOP)
-            os.waitpid(self.pid, os.WUNTRACED)
+            _, status = os.waitpid(self.pid, os.WUNTRACED)
+            if not os.WIFSTOPPED(status):  # it died between its answer and this
+                self.pid = 0
+                raise ChildCrashError(_ending(status))
             self._paused = True
 
     def resume(self) -> None:
@@ -175,6 +174,15 @@ class Child:
                 os.kill(self.pid, signal.SIGKILL)
                 os.waitpid(self.pid, 0)
             self.pid = 0
+
+
+def _ending(status: int) -> str:
+    """How a measured process ended, in words."""
+    if os.WIFSIGNALED(status):
+        name = signal.Signals(os.WTERMSIG(status)).name
+        hint = " (out of memory?)" if name == "SIGKILL" else ""
+        return f"the measured process was killed by {name}{hint}"
+    return f"the measured process ended with exit status {os.WEXITSTATUS(status)}"
 
 
 def _die_with_parent() -> None:

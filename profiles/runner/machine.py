@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .session_torch import KEEPS_MEMORY
+from .session_torch import kept_memory
 from .sessions import import_runtime
 
 
@@ -107,6 +107,14 @@ def _cpu_facts() -> dict[str, Any]:
     return {"cpu": name, "cpu_model": "/".join(parts), "isa": isa}
 
 
+def _gpu_index(provider: str) -> str:
+    """What nvidia-smi calls the GPU that a provider such as `cuda:1` means."""
+    _, _, number = provider.partition(":")
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    index = int(number) if number.isdigit() else 0
+    return visible[index] if index < len(visible) else str(index)
+
+
 def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
     """What numbers depend on (`stable`) and what disturbs them just now (`state`)."""
     threads = spec["threads"]
@@ -117,7 +125,8 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
     providers = list(spec.get("providers") or [])
     gpu = ""
     if any("cuda" in p.lower() or "tensorrt" in p.lower() for p in providers):
-        gpu = _first_line(["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"])
+        query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+        gpu = _first_line([*query, "-i", _gpu_index(providers[0])])
     stable = {
         "system": platform.system(),
         "machine": platform.machine(),
@@ -130,7 +139,7 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         "precision": spec["precision"],
         "providers": providers,
         "governor": "+".join(sorted(governors)),
-        "allocator": KEEPS_MEMORY if spec["runtime"] == "torch" else "",
+        "allocator": kept_memory() if spec["runtime"] == "torch" else "",
     }
     temperatures = [_read(str(p)) for p in Path("/sys/class/thermal").glob("thermal_zone*/temp")]
     cpus = [f"/sys/devices/system/cpu/cpu{c}" for c in choose_cpus(threads)]
@@ -145,7 +154,7 @@ def machine_facts(spec: dict[str, Any]) -> dict[str, Any]:
         # Nonzero on a Raspberry Pi that lacks power or cooling, or has since it was started.
         "throttled": _read("/sys/devices/platform/soc/soc:firmware/get_throttled") or None,
         "on_battery": all(s == "0" for s in supplies) if supplies else None,
-        "busy": busy_shares(),
+        "busy": {cpu: share for cpu, share in busy_shares().items() if cpu in allowed_cpus()},
         "python": platform.python_version(),
     }
     return {"stable": stable, "state": state}

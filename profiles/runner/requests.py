@@ -1,6 +1,6 @@
 """What a runner can be asked, and how it answers.
 
-Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or two models in turns),
+Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or more models in turns),
 `profile` (per operator); on a remote device also `find`, `store`, `keep` (model files).
 Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash",
 "error"}`.
@@ -60,7 +60,7 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
     Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, `warmup`, runs before them, and
     `nodes`, the operators of each profiled model, taken after the last block.
     """
-    # Both on the same CPUs, chosen anew each round: no model may owe its time to where it was put.
+    # All on the same CPUs, chosen anew each round: no model may owe its time to where it was put.
     cpus = choose_cpus(request["specs"][0]["threads"], busy_shares())
     specs, timeout_s = [{**spec, "cpus": cpus} for spec in request["specs"]], request["timeout_s"]
     order = [(request["first"] + i) % len(specs) for i in range(len(specs))]
@@ -107,7 +107,7 @@ def _round_plan(
 ) -> tuple[int, list[int]]:
     """How many turns, `most` at most, and how many inferences each model has in one."""
     runs = [max(3, min(50, round(block_s * 1e3 / max(ms, 1e-3)))) for ms in typical_ms]
-    turn_s = sum(n * ms for n, ms in zip(runs, typical_ms, strict=True)) / 1e3
+    turn_s = sum(n * ms for n, ms in zip(runs, typical_ms)) / 1e3
     turns = max(2, min(most, int(round_s / max(turn_s, 1e-6))))
     return turns - turns % 2, runs  # An even count, so that each one starts as many turns as it ends.
 

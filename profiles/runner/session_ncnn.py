@@ -71,7 +71,7 @@ class NcnnSession:
         for image in images:
             extractor = self._extractor(self._mat(image))
             results.append([np.array(_blob(extractor, name)) for name in self._outputs])
-        return [np.stack(outputs) for outputs in zip(*results, strict=True)]
+        return [np.stack(outputs) for outputs in zip(*results)]
 
     def once(self) -> None:
         extractor = self._extractor(self._images)
@@ -94,7 +94,7 @@ class NcnnSession:
                     samples[index].append(spent_s * 1e3)
         return [
             {"name": layer.name, "op": layer.type, "samples_ms": times}
-            for layer, times in zip(self._layers, samples, strict=True)
+            for layer, times in zip(self._layers, samples)
         ]
 
     def _check_precision(self, precision: str) -> None:

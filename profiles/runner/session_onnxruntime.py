@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+_CUDA = "CUDAExecutionProvider"
+#: Providers whose operators are queued: the profiler's events end before the work does.
+_QUEUED = (_CUDA, "TensorrtExecutionProvider", "ROCMExecutionProvider", "MIGraphXExecutionProvider")
+
+
 class OnnxRuntimeSession:
     """ONNX Runtime. `spin` False keeps its thread pool from spinning between runs, beside other work."""
 
@@ -37,11 +42,14 @@ class OnnxRuntimeSession:
             options.enable_profiling = True
             options.profile_file_prefix = profile_prefix
         providers = list(self._spec.get("providers") or ["CPUExecutionProvider"])
-        session = onnxruntime.InferenceSession(self._spec["path"], options, providers=providers)
-        # ONNX Runtime falls back to the CPU in silence when a provider cannot start.
-        if session.get_providers()[0] != providers[0]:
+        # fp32 means fp32: TF32 would be another precision under the same name.
+        settings = [(name, {"use_tf32": "0"}) if name == _CUDA else name for name in providers]
+        session = onnxruntime.InferenceSession(self._spec["path"], options, providers=settings)
+        # ONNX Runtime leaves out in silence what cannot start, and falls back to the CPU.
+        lost = [name for name in providers if name not in session.get_providers()]
+        if lost or session.get_providers()[0] != providers[0]:
             raise RuntimeError(
-                f"execution provider {providers[0]} was asked for but ONNX Runtime uses "
+                f"execution provider {(lost or providers)[0]} was asked for but ONNX Runtime uses "
                 f"{session.get_providers()[0]}; this build offers {onnxruntime.get_available_providers()}"
             )
         return session
@@ -56,6 +64,12 @@ class OnnxRuntimeSession:
         self._session.run(None, {self._input: self._images})
 
     def profile(self, repeats: int, warmup: int) -> list[dict[str, Any]]:
+        first = self._session.get_providers()[0]
+        if first in _QUEUED:
+            raise RuntimeError(
+                f"ONNX Runtime's profiler times how long {first} takes to queue an operator, not to compute "
+                "it; profile this device with runtime torch and providers [cuda]"
+            )
         with tempfile.TemporaryDirectory() as folder:
             session = self._open(str(Path(folder) / "profile"))
             for _ in range(warmup + repeats):

@@ -17,14 +17,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-#: glibc's numbers for M_TRIM_THRESHOLD and M_MMAP_THRESHOLD, and more than any model takes.
-_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ENOUGH = -1, -3, 2**31 - 1
-#: What `keep_memory` does, for the record of a measurement.
-KEEPS_MEMORY = "glibc, keeps freed memory" if platform.libc_ver()[0] == "glibc" else ""
+#: glibc's numbers for M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, and more than any model takes.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ENOUGH = -1, -3, -4, 2**31 - 1
+_keeps = ""
 
 
-def keep_memory() -> None:
-    """Have the C library keep what is freed, where it is glibc.
+def keep_memory() -> str:
+    """Have the C library keep what is freed, where it is glibc; says what was reached, for the record.
 
     PyTorch asks for the memory of every map anew. By default glibc returns it to the system in between, and
     an inference pays for fresh pages each time: a few percent more, and what they are worth differs from
@@ -32,10 +31,19 @@ def keep_memory() -> None:
     processes of 2.7% against 0.5%). Long-running services keep memory too, by this setting or by another
     allocator; the other runtimes have their own.
     """
-    if KEEPS_MEMORY:
+    global _keeps
+    if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(_MMAP_THRESHOLD, _ENOUGH)
-        libc.mallopt(_TRIM_THRESHOLD, _ENOUGH)
+        # Older versions know an upper limit for the threshold, and no map at all is the same to us.
+        kept = libc.mallopt(_MMAP_THRESHOLD, _ENOUGH) or libc.mallopt(_MMAP_MAX, 0)
+        if kept and libc.mallopt(_TRIM_THRESHOLD, _ENOUGH):
+            _keeps = "glibc, keeps freed memory"
+    return _keeps
+
+
+def kept_memory() -> str:
+    """What `keep_memory` reached in this process; empty where it was not called or could not."""
+    return _keeps
 
 
 class TorchSession:

@@ -5,6 +5,7 @@ Each runtime's interface is known to one file beside this one; nothing else in t
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -48,7 +49,8 @@ def open_session(spec: dict[str, Any], *, spin: bool = True) -> Session:
     """Open a model: spec has `path, runtime, precision, input_shape, threads, providers`.
 
     Args:
-        spin: False keeps a thread pool from spinning between runs, for use beside other work.
+        spin: False keeps the thread pool of ONNX Runtime and ncnn from spinning between runs, for use beside
+            other work; the others have none that spins.
 
     Raises:
         MissingRuntimeError: the runtime is not installed.
@@ -92,7 +94,10 @@ def import_runtime(runtime: str) -> str:
 
             return str(ncnn.__version__)
         import torch
-        import torch.export.pt2_archive  # Else `torch.export.load` imports it in every measured process.
+
+        with contextlib.suppress(ImportError):  # older versions keep it elsewhere
+            # Else `torch.export.load` imports it in every measured process.
+            import torch.export.pt2_archive
 
         return str(torch.__version__)
     except ImportError as error:

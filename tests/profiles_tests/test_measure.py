@@ -188,3 +188,34 @@ def test_a_layer_that_the_runtime_does_not_show_is_an_error(export: Export) -> N
     extra = replace(artifact.layers[0], layer="nowhere", names=())
     with pytest.raises(DeviceError, match="do not show in the profile"):
         profile_layers(device, replace(artifact, layers=(*artifact.layers, extra)), repeats=1)
+
+
+def test_pytorchs_memory_is_kept_where_the_c_library_can(export: Export) -> None:
+    import platform
+
+    device = Device("here", "torch", threads=1)
+    assert measure(device, export(device, 16), rounds=1).p50_ms > 0
+    kept = describe(device).stable["allocator"]
+    assert kept == ("glibc, keeps freed memory" if platform.libc_ver()[0] == "glibc" else "")
+    assert describe(Device("here", "onnxruntime", threads=1)).stable["allocator"] == ""
+
+
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime", "openvino"])
+def test_a_layer_that_is_called_twice_has_the_time_of_both_calls(runtime: str, tmp_path: Path) -> None:
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+
+    class Twice(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = torch.nn.Conv2d(3, 3, 3, padding=1), torch.nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.last(torch.sigmoid(self.conv(torch.tanh(self.conv(x)))))
+            return out
+
+    device = Device("here", runtime, threads=1)
+    artifact = export_artifact(Twice().eval(), device, tmp_path, (1, 3, 64, 64))
+    entries = profile_layers(device, artifact, repeats=3, warmup=1)
+    assert [e.layer for e in entries if e.op != OTHER] == ["conv", "last"]
+    assert not [e.layer for e in entries if "conv" in e.layer.lower() and e.op == OTHER]

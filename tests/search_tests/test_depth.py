@@ -146,7 +146,8 @@ def test_the_weakest_blocks_go_first_and_slow_ones_before_fast_ones() -> None:
     scores = {"a": 4.0, "b": 3.0, "c": 2.0, "d": 1.0}
     ms = {"a.conv": 8.0, "b.conv": 1.0, "c.conv": 1.0, "d.conv": 1.0}
     assert weakest_blocks(blocks, scores, ms, 0.0, 0.5) == ()
-    assert weakest_blocks(blocks, scores, ms, 0.01, 0.0) == ("d",)
+    assert weakest_blocks(blocks, scores, ms, 0.1, 0.0) == ()  # the nearest number
+    assert weakest_blocks(blocks, scores, ms, 0.2, 0.0) == ("d",)
     assert weakest_blocks(blocks, scores, ms, 0.5, 0.0) == ("c", "d")
     # Equation (7): a is worth 4 and costs eight times as much as the others.
     assert weakest_blocks(blocks, scores, ms, 0.25, 1.0) == ("a",)
@@ -263,3 +264,20 @@ def test_a_detectors_bottlenecks_go_and_plain_ultralytics_opens_what_is_left(
         [sys.executable, "-c", program, str(path)], cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_block_that_is_a_whole_layer_of_the_framework_goes_too(
+    alive: Callable[[nn.Module, int, int], nn.Module],
+) -> None:
+    """YOLO26's SPPF adds its input; Ultralytics reads from each such layer where its own input comes from."""
+    from ultralytics.nn.tasks import DetectionModel
+
+    torch.manual_seed(1)
+    model: Any = alive(DetectionModel("yolo26n.yaml", verbose=False).eval(), 2, 64)
+    x = images(1, 64, torch.float64)
+    names = [b.name for b in find_blocks(model, x)]
+    assert "model.9" in names
+    gone = remove_blocks(copy.deepcopy(model), ["model.9"])
+    assert (gone.model[9].i, gone.model[9].f) == (9, -1)
+    want = outputs(silent(model, ("model.9",)), x)
+    torch.testing.assert_close(outputs(gone, x), want, rtol=1e-9, atol=1e-9)

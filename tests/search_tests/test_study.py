@@ -44,7 +44,7 @@ from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
 from search.screening import first_points
 from search.sections import Limits
-from search.space import params_at, scattered_points
+from search.space import fixed_params, known_points, params_at, scattered_points
 from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
 from search.studyfile import StudyFile, load_study_file
 from search.trial import Bench, make_plan, rerank
@@ -730,6 +730,26 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     assert len(first_points(off, "first", bench)) == 4
     short = study.model_copy(update={"trials": 3})
     assert len(first_points(short, "first", bench)) == 2  # no more than is going to be run
+
+
+def test_one_plan_trained_back_in_two_ways_is_two_trials(study: StudyFile) -> None:
+    go(study, trials=1)
+    device_study = DeviceStudy(
+        study, "first", open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    )
+    one = results(study)[1]
+    tuned, scratch = one.way, replace(one, asked=replace(one.asked, recovery="scratch")).way
+    begun = device_study.next_trial(9, 4)
+    assert isinstance(begun, Begun)
+    assert device_study.claim_plan(begun, str(tuned)) == 1
+    assert device_study.claim_plan(begun, str(scratch)) is None
+
+
+def test_the_lowest_depth_stands_for_a_searched_one_and_known_points_keep_blocks(tmp_path: Path) -> None:
+    study = make_study(tmp_path, search={"beta": 0.5, "ratio": 0.3, "depth": {"low": 0.0, "high": 0.5}})
+    assert fixed_params(study.search, 4).depth == 0.0
+    study = make_study(tmp_path, search={"depth": {"low": 0.0, "high": 0.5}})
+    assert [point["depth"] for point in known_points(study.search)] == [0.0] * 4
 
 
 def test_a_trial_taken_but_not_begun_is_begun_next(

@@ -323,15 +323,21 @@ def test_blocks_go_alone_and_together_with_channels(deep: Bench, tmp_path: Path)
     document = plan_json(plan, both, deep)
     assert document["blocks"] == list(plan.blocks)
     assert {e["layer"]: e["kept"] for e in document["layers"]}["model.2.m.0.cv1.conv"] == 0
+    assert document["channels_removed"] == sum(e["channels"] - e["kept"] for e in document["layers"])
     console = io.StringIO()
     Console(file=console, width=120).print(plan_table(document))
     assert "blocks that go as a whole: model.2.m.0, model.4.m.0" in console.getvalue()
 
 
-def test_depth_needs_blocks(bench: Bench) -> None:
+def test_depth_needs_blocks(bench: Bench, study: StudyFile) -> None:
     params = replace(PARAMS, depth=0.5)
     with pytest.raises(ValueError, match="depth must be 0 for a network without blocks"):
         make_plan(params, rerank(params, bench), bench)
+    search_section = study.search.model_copy(update={"depth": 0.5, "exclude": ("model.*.m.*",)})
+    file = study.model_copy(update={"search": search_section})
+    own = Shop(file, Workspace(study.folder), notice=lambda text: None)
+    with pytest.raises(StudyFileError, match=r"search\.depth must be 0 .* 2 were found, none of them within"):
+        _ = own.blocks
 
 
 def test_recovery_from_scratch_forgets_the_weights(
