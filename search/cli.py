@@ -227,9 +227,9 @@ def front(
     file = _load(study, set_, dir)
     names = _devices(file, device)
     found = fronts_of(file, names)
-    target = html or file.folder / "front.html"
-    write_study_report(file, found, target)
-    err.print(f"wrote {target}")
+    err.print(f"wrote {write_study_report(file, found, html or file.folder / 'front.html', devices=names)}")
+    if missing := ", ".join(name for name in names if name not in found):
+        _tell(f"no front yet, the unpruned model is not measured: {missing}")
     if as_json:
         _print_json({"study": file.name, "devices": {name: f.document for name, f in found.items()}})
         return

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .front import ParetoFront
+from .hover import describe, why_ended
 from .result import TrialResult
 from .widths import Widths
 
@@ -143,7 +144,7 @@ def beta_ratio_figure(results: Sequence[TrialResult], colour: str = "accuracy") 
             y=[r.asked.ratio for r in ended],
             mode="markers",
             marker={"color": GREY, "symbol": "circle-open", "size": 9},
-            text=[f"trial {r.trial} {r.state}: {html.escape((r.reason or '')[:90])}" for r in ended],
+            text=[f"trial {r.trial} {r.state}: {why_ended(r)}" for r in ended],
             hovertemplate="%{text}<br>β %{x:.3f}, ratio %{y:.3f}<extra></extra>",
         )
     figure.add_scatter(
@@ -159,7 +160,7 @@ def beta_ratio_figure(results: Sequence[TrialResult], colour: str = "accuracy") 
             "line": {"color": GREY, "width": 1},
         },
         customdata=[[r.trial] for r in complete],
-        text=[_describe(r) for r in complete],
+        text=[describe(r) for r in complete],
         hovertemplate="%{text}<extra></extra>",
     )
     figure.update_layout(showlegend=False)
@@ -275,7 +276,7 @@ def predicted_measured_figure(results: Sequence[TrialResult]) -> Figure:
         marker={"color": COLOURS[0], "size": 9},
         error_y={**interval, "color": COLOURS[0], "thickness": 1, "width": 3},
         customdata=[[r.trial] for r in both],
-        text=[_describe(r) for r in both],
+        text=[describe(r) for r in both],
         hovertemplate="%{text}<br>predicted %{x:.2f} ms<extra></extra>",
     )
     figure.update_layout(showlegend=False)
@@ -360,7 +361,7 @@ def _points(results: Sequence[TrialResult], scale: float) -> dict[str, Any]:
         "x": [_value(r.latency_ms) * scale for r in results],
         "y": [_value(r.accuracy) for r in results],
         "customdata": [[r.trial] for r in results],
-        "text": [_describe(r) for r in results],
+        "text": [describe(r) for r in results],
         "hovertemplate": "%{text}<extra></extra>",
     }
 
@@ -377,17 +378,6 @@ def _bars(values: Sequence[tuple[float, float, Sequence[float] | None]]) -> dict
         plus.append(max(0.0, latency * (speedup / low - 1)) if low else 0.0)
         minus.append(max(0.0, latency * (1 - speedup / high)) if high else 0.0)
     return {"type": "data", "symmetric": False, "array": plus, "arrayminus": minus}
-
-
-def _describe(r: TrialResult) -> str:
-    asked = r.asked
-    return (
-        f"<b>trial {r.trial}</b>{' (unpruned)' if r.trial == 0 else ''}<br>"
-        f"β {asked.beta:.3f}, ratio {asked.ratio:.3f} of {html.escape(asked.ratio_of)}<br>"
-        f"{html.escape(asked.allocation)}, cost {html.escape(asked.cost)}, multiples of {asked.round_to}<br>"
-        f"accuracy {_value(r.accuracy):.4f}<br>"
-        f"{_value(r.latency_ms):.2f} ms, p90 {_value(r.latency_p90_ms):.2f} ms, {_value(r.speedup):.2f} times"
-    )
 
 
 def _removed_percent(model: Widths, layer: str) -> float:

@@ -50,20 +50,10 @@ class Found:
         return {number: run["run_id"] for number, run in self.runs.items() if "run_id" in run}
 
 
-def _opened(study: StudyFile, device: str) -> DeviceStudy | None:
-    workspace = Workspace(study.folder)
-    return DeviceStudy.existing(study, device, open_storage(study, workspace), workspace)
-
-
-def front_so_far(study: StudyFile, device: str) -> ParetoFront | None:
-    """One device's front; None before its unpruned model is measured."""
-    device_study = _opened(study, device)
-    return None if device_study is None else device_study.front()
-
-
 def find(study: StudyFile, device: str) -> Found | None:
     """What is found on one device, without MLflow's run ids; None before its unpruned model is measured."""
-    device_study, workspace = _opened(study, device), Workspace(study.folder)
+    workspace = Workspace(study.folder)
+    device_study = DeviceStudy.existing(study, device, open_storage(study, workspace), workspace)
     front = None if device_study is None else device_study.front()
     if device_study is None or front is None:
         return None

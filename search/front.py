@@ -180,6 +180,7 @@ class ParetoFront:
                     "trial": p.trial,
                     "beta": p.asked.beta,
                     "ratio": p.asked.ratio,
+                    "asked": p.asked.to_json(),
                     "accuracy": p.accuracy,
                     "latency_ms": p.latency_ms,
                     "latency_p90_ms": p.latency_p90_ms,

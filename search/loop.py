@@ -61,7 +61,28 @@ class Recorder(Protocol):
 
     def begin(self, bench: Bench, earlier: Sequence[tuple[TrialResult, Path]]) -> None: ...
 
-    def record(self, result: TrialResult, folder: Path) -> None: ...
+    def record(self, result: TrialResult, folder: Path, front: ParetoFront | None) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a search ended.
+
+    Attributes:
+        fronts: device name to front, of the devices that could go on to the end.
+        is_interrupted: the user asked it to stop.
+    """
+
+    fronts: Mapping[str, ParetoFront]
+    is_interrupted: bool = False
+
+
+class DevicesFailedError(SearchError):
+    """Some devices could not go on; the others have had their trials, see `ended`."""
+
+    def __init__(self, faults: Mapping[str, str], ended: Ended):
+        super().__init__("; ".join(faults.values()))
+        self.ended = ended
 
 
 @dataclass
@@ -91,7 +112,7 @@ def run_search(
     timeout_s: float | None,
     progress: Progress,
     recorder: Recorder,
-) -> dict[str, ParetoFront]:
+) -> Ended:
     """Run trials on every device until each has `trials` of them besides trial 0, whoever ran them.
 
     Failed and stopped trials count, except those that were stopped for their plan alone, which cost nothing,
@@ -101,12 +122,10 @@ def run_search(
     Args:
         timeout_s: no further trial begins after this.
 
-    Returns:
-        Device name to front.
-
     Raises:
-        SearchError: on a device the unpruned model could not be measured or several trials in a row failed;
-            the other devices have had their trials by then.
+        DevicesFailedError: on a device the unpruned model could not be measured or several trials in a row
+            failed; the other devices have had their trials by then.
+        SearchError: the search cannot go on at all.
     """
     deadline = None if timeout_s is None else time.monotonic() + timeout_s
     storage = open_storage(study, shop.workspace)
@@ -133,10 +152,16 @@ def run_search(
             if not worked and any(lane.is_open for lane in lanes):
                 time.sleep(_POLL_S)
     faults |= {lane.study.device: lane.fault for lane in lanes if lane.fault is not None}
+    fronts = {
+        lane.study.device: _patiently(lane.study.front, progress.notice)
+        for lane in lanes
+        if lane.fault is None or interrupted()
+    }
+    known = {name: front for name, front in fronts.items() if front is not None}
+    ended = Ended(known, is_interrupted=interrupted())
     if faults and not interrupted():
-        raise SearchError("; ".join(faults.values()))
-    fronts = {lane.study.device: _patiently(lane.study.front, progress.notice) for lane in lanes}
-    return {name: front for name, front in fronts.items() if front is not None}
+        raise DevicesFailedError(faults, ended)
+    return ended
 
 
 def _open_lane(
@@ -255,8 +280,9 @@ def _one_trial(
             return None
     if result.details.get("retry"):
         _patiently(lambda: study.again(begun), progress.notice)
-    progress.trial_ends(result, _patiently(study.front, progress.notice))
-    recorder.record(result, folder)
+    front = _patiently(study.front, progress.notice)
+    progress.trial_ends(result, front)
+    recorder.record(result, folder, front)
     return result
 
 

@@ -5,6 +5,7 @@ The same functions as the commands use; what they print to the terminal comes ba
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .progress import ConsoleProgress
 from .review import figures, write_study_report
 from .sections import ModelSection
 from .studyfile import StudyFile, load_study_file
+from .uri import publishable
 from .workspace import Workspace
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ class Study:
 
     Args:
         path: the study file.
-        settings: overrides with dotted keys, as `--set` takes them: `{"search.beta": 0.5}`.
+        settings: overrides with dotted keys, as `--set` takes them: `{"search.beta": 0.5}`; None is null.
         folder: where outputs go; default `runs/<name>` beside the file.
 
     Raises:
@@ -41,7 +43,7 @@ class Study:
     def __init__(
         self, path: str | Path, settings: Mapping[str, Any] | None = None, folder: str | Path | None = None
     ) -> None:
-        overrides = [f"{key}={value}" for key, value in (settings or {}).items()]
+        overrides = [f"{key}={_setting(value)}" for key, value in (settings or {}).items()]
         self.file: StudyFile = load_study_file(
             Path(path), overrides, None if folder is None else Path(folder)
         )
@@ -73,21 +75,21 @@ class Study:
         """
         names = self._names(devices)
         with ConsoleProgress(console or Console(stderr=True), devices=names) as progress:
-            launch(
-                self.file, names, trials=trials or self.file.trials, timeout_s=timeout_s, progress=progress
-            )
+            wanted = self.file.trials if trials is None else trials
+            launch(self.file, names, trials=wanted, timeout_s=timeout_s, progress=progress)
         return self.front(devices)
 
     def front(self, devices: Sequence[str] | str | None = None) -> pd.DataFrame:
-        """The fronts' points: a row each, by device and latency, with the keys of `paretoprune front --json`.
+        """The fronts' points: a row each, by device and latency, with the keys of `paretoprune front --json`
+        and, in the place of `asked`, a column for each of its keys.
 
         Raises:
             SearchError: there is no front yet.
         """
         rows = []
         for name, found in self._found(devices).items():
-            rows += [{"device": name, **point} for point in found.document["points"]]
-        return _frame(rows)
+            rows += [{"device": name, **point, **point["asked"]} for point in found.document["points"]]
+        return _frame(rows).drop(columns="asked")
 
     def trials(self, devices: Sequence[str] | str | None = None) -> pd.DataFrame:
         """Every finished trial, on the front or not, stopped and failed ones too.
@@ -102,6 +104,8 @@ class Study:
                 record = result.to_json()
                 flat = {k: v for k, v in record.items() if not isinstance(v, dict | list | tuple)}
                 asked = record["asked"]
+                # A notebook is passed on with what it shows.
+                flat["reason"] = publishable(flat["reason"])
                 flat = {"device": name, "trial": result.trial, **asked, **flat}
                 rows.append({**flat, "speedup_ci": result.speedup_ci, "pareto": result.trial in on_front})
         return _frame(rows).drop(columns="format_version")
@@ -129,7 +133,7 @@ class Study:
         Raises:
             SearchError: there is no front yet.
         """
-        return write_study_report(self.file, self._found(devices), Path(path))
+        return write_study_report(self.file, self._found(devices), Path(path), devices=self._names(devices))
 
     def best(
         self,
@@ -186,6 +190,11 @@ class Study:
 
     def _found(self, devices: Sequence[str] | str | None) -> dict[str, Found]:
         return fronts_of(self.file, self._names(devices))
+
+
+def _setting(value: Any) -> str:
+    """A value as YAML; a text is taken for YAML already, as on the command line."""
+    return str(value) if isinstance(value, str | Path) else json.dumps(value, default=str)
 
 
 def _frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:

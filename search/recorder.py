@@ -41,19 +41,18 @@ def open_tracker(study: StudyFile, notice: Callable[[str], None] | None = None) 
 class MlflowRecorder:
     """Tells MLflow every finished trial; what a killed process did not tell is told at the next start.
 
-    Args:
-        front_of: the front of a device so far, so that tags and hypervolume keep up with the trials.
+    Attributes:
+        begun: the devices that have a run by now, in the order in which they began.
     """
 
-    def __init__(
-        self, study: StudyFile, tracker: Tracker, front_of: Callable[[str], ParetoFront | None]
-    ) -> None:
+    def __init__(self, study: StudyFile, tracker: Tracker) -> None:
         self._study = study
         self._tracker = tracker
-        self._front_of = front_of
+        self.begun: list[str] = []
 
     def begin(self, bench: Bench, earlier: Sequence[tuple[TrialResult, Path]]) -> None:
         study = self._study
+        limits = study.limits_of(bench.device.name).model_dump(exclude_none=True)
         self._tracker.device_run(
             bench.device.name,
             fingerprint=bench.fingerprint,
@@ -72,14 +71,16 @@ class MlflowRecorder:
                 "seed": study.seed,
                 "epochs": study.finetune.epochs,
                 "metric": bench.task.metric,
+                **{f"limits.{name}": value for name, value in limits.items()},
             },
             datasets={"model": bench.task.model_key, "data": bench.task.data_key},
         )
+        self.begun.append(bench.device.name)
         self._tracker.sync(earlier)
 
-    def record(self, result: TrialResult, folder: Path) -> None:
+    def record(self, result: TrialResult, folder: Path, front: ParetoFront | None) -> None:
+        """Tell a trial and, so that tags and hypervolume keep up with the trials, the front with it."""
         self._tracker.log_trial(result, folder)
-        front = self._front_of(result.device)
         if front is not None:
             self._tracker.log_front(front, {})
 

@@ -7,23 +7,27 @@ are given in the study file and shown as such. None is ever a point of a front, 
 from __future__ import annotations
 
 import hashlib
-import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from objectives.size import count_macs, count_params
 from objectives.task import Task
-from profiles.artifact import export_artifact
+from profiles.artifact import export_artifact, open_artifact
 from profiles.cache import Cache
 from profiles.device import Device
+from profiles.lock import host_lock
 from profiles.measure import compare
 
 from .bench import Shop, open_task
 from .judge import check_parity
-from .result import TrialResult
+from .result import TrialResult, brief
 from .sections import ModelSection, ReferenceSection
+from .study import SearchError
 from .studyfile import StudyFile, StudyFileError
 from .workspace import Workspace
 
@@ -126,26 +130,39 @@ def open_references(study: StudyFile) -> dict[str, Task]:
 def measure_references(
     study: StudyFile, shop: Shop, tasks: Mapping[str, Task], devices: Sequence[str]
 ) -> None:
-    """Measure what the cache lacks, on each device.
+    """Measure what the cache lacks, on each device; one that cannot be measured costs the others nothing.
 
     Args:
         tasks: what `open_references` returned.
 
     Raises:
-        DeviceError: a device is gone.
-        ValueError: an exported reference does not compute what its model computes.
+        SearchError: a device is gone, or an exported reference does not compute what its model computes; all
+            faults at once.
     """
+    faults: list[str] = []
+    causes: list[Exception] = []
     for name in devices:
-        device = study.device(name).device()
         for section in _of(study, name):
             if section.is_given or section.name not in tasks:
                 continue
-            key = _key(study, section, name, device.fingerprint)
-            cache = Cache(shop.workspace.cache)
-            if cache.get(_KIND, key, Reference.from_record) is None:
-                shop.notice(f"reference: measuring {section.name} on {name}")
-                reference = _measure(shop, section.name, tasks[section.name], device)
-                cache.put(_KIND, key, reference.record())
+            try:
+                _measure_once(study, shop, section, tasks[section.name], name)
+            except Exception as error:
+                causes.append(error)
+                faults.append(f"reference {section.name} on {name}: {type(error).__name__}: {brief(error)}")
+    if faults:
+        raise SearchError("; ".join(faults)) from causes[0]
+
+
+def _measure_once(study: StudyFile, shop: Shop, section: ReferenceSection, task: Task, name: str) -> None:
+    device, cache = study.device(name).device(), Cache(shop.workspace.cache)
+    key = _key(study, section, name, device.fingerprint)
+    shop.workspace.device(name).mkdir(parents=True, exist_ok=True)
+    # Of two workers that share a folder one measures, and the other one finds it done.
+    with FileLock(shop.workspace.device(name) / ".reference.lock"):
+        if cache.get(_KIND, key, Reference.from_record) is None:
+            shop.notice(f"reference: measuring {section.name} on {name}")
+            cache.put(_KIND, key, _measure(shop, section.name, task, device).record())
 
 
 def known_references(
@@ -171,14 +188,18 @@ def _of(study: StudyFile, device: str) -> list[ReferenceSection]:
 
 def _key(study: StudyFile, section: ReferenceSection, device: str, fingerprint: str) -> dict[str, Any]:
     """What a measured reference depends on; from files alone, so that looking opens no model."""
+    settings = study.device(device).device()
+    # Of narrow arithmetic the accuracy was once the model's own, which such a file does not reach.
+    judged = {} if settings.precision == "fp32" else {"accuracy": "of the artifact"}
     return {
+        **judged,
         "name": section.name,
         "reference": _digest(section.model),
         "reference_imgsz": section.imgsz,
         "model": _digest(study.model),
         "data": _digest(study.data),
         "imgsz": study.imgsz,
-        "device": study.device(device).device().to_json(),
+        "device": settings.to_json(),
         "fingerprint": fingerprint,
     }
 
@@ -193,22 +214,24 @@ def _digest(model: ModelSection | str | None) -> Any:
 
 
 def _measure(shop: Shop, name: str, task: Task, device: Device) -> Reference:
-    model = task.load_model()
-    folder = shop.workspace.device(device.name) / "reference"
-    try:
-        artifact = export_artifact(
-            task.deployable(model), device, folder, task.input_shape, task.metadata(model)
-        )
-        check_parity(model, artifact, task)
-        section = shop.study.measure
+    model, section = task.load_model(), shop.study.measure
+    is_narrow = device.precision != "fp32"
+    # Only its numbers are wanted. A folder of this process: the lock above is for one machine's workers.
+    with tempfile.TemporaryDirectory(dir=shop.workspace.device(device.name), prefix="reference-") as folder:
+        with host_lock("export"):
+            artifact = export_artifact(
+                task.deployable(model), device, Path(folder), task.input_shape, task.metadata(model)
+            )
+            check_parity(model, artifact, task)
+        with host_lock("evaluation"):  # as a trial is judged: what ships is what is right or wrong
+            predict = open_artifact(artifact, device.threads) if is_narrow else task.predictor(model)
+            accuracy = task.evaluate(predict)
         comparison = compare(
             device, artifact, shop.baseline(device), target=section.target, limit_s=section.limit_s
         )
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)  # only its numbers are wanted
     return Reference(
         name,
-        accuracy=task.evaluate(task.predictor(model)),
+        accuracy=accuracy,
         ratio=comparison.ratio,
         ratio_ci=comparison.ratio_ci,
         p90_ratio=comparison.ratio * comparison.candidate.p90_ms / comparison.candidate.p50_ms,

@@ -25,7 +25,7 @@ from .figures import (
     pruned_share_figure,
 )
 from .front import ParetoFront
-from .result import TrialResult
+from .result import TrialResult, differing
 from .widths import Widths
 
 if TYPE_CHECKING:
@@ -64,10 +64,12 @@ def write_report(
 
     Args:
         fronts: one for each device that has a complete unpruned model; the page shows them in this order.
-        results: every trial of a device, for what is not on the front.
+        results: every trial of a device, for what is not on the front; a device without a front is named.
         profiles: entries of `paretoprune profile --json`.
-        widths: by trial number what `layer_widths` returns.
-        limits, references, importances: see `front_figure` and `importance_figure`.
+        widths: by trial number what `trial_widths` returns; a trial that is not in it is said to be unknown.
+        limits: what the device's models must satisfy, as the study file spells it; those on accuracy and
+            latency are drawn too.
+        references, importances: see `front_figure` and `importance_figure`.
         run_ids: MLflow's run of each trial.
         command: how the export command names the study, words after `paretoprune export`.
         metric: what the accuracy is.
@@ -100,7 +102,17 @@ def write_report(
         }
         names = {title: f"device{number}-{place}" for place, title in enumerate(shown)}
         figures.update({names[title]: figure for title, figure in shown.items()})
-        sections.append(_section(number, front, trials, names, (references or {}).get(device, ()), metric))
+        sections.append(
+            _section(
+                number,
+                front,
+                trials,
+                names,
+                references=(references or {}).get(device, ()),
+                limits=(limits or {}).get(device, {}),
+                metric=metric,
+            )
+        )
     if len(fronts) > 1:
         figures["all"] = front_figure(fronts, relative=True, metric=metric)
     fills = {
@@ -180,7 +192,10 @@ def _trials(
             "macs": result.macs,
             "run_id": run_ids.get(number),
             "pareto": number in on_front,
-            "widths": [[layer, *width] for layer, width in widths.get(number, {}).items()],
+            "widths": [[layer, *width] for layer, width in widths[number].items()]
+            if number in widths
+            else None,
+            "blocks": list(result.details.get("blocks") or ()),
             # Only a point of the front can be exported.
             "command": shlex.join(_export_command(command, front.device, number))
             if number in on_front
@@ -215,7 +230,7 @@ def _body(
         "<header>",
         f"<h1>{html.escape(study)}</h1>",
         '<p class="soft">Pruned versions worth shipping, for each device: nothing measured is both faster '
-        f"and more accurate. {total} trials on {len(results) or len(fronts)} devices.</p>",
+        f"and more accurate. {total} trials on {len(fronts)} devices.</p>",
     ]
     if len(fronts) > 1:
         links = (f'<a href="#device{n}">{html.escape(f.device)}</a>' for n, f in enumerate(fronts))
@@ -247,7 +262,9 @@ def _section(
     front: ParetoFront,
     trials: Sequence[TrialResult],
     names: Mapping[str, str],
+    *,
     references: Sequence[Mapping[str, Any]],
+    limits: Mapping[str, float],
     metric: str,
 ) -> str:
     device, base = html.escape(front.device), front.baseline
@@ -268,9 +285,10 @@ def _section(
         '<div class="facts">',
         *(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts),
         "</div>",
+        *([f'<p class="soft small limits">Limits: {_limits(limits)}</p>'] if limits else []),
         f'<div class="figure" data-figure="{names["front"]}" data-device="{device}" role="img" '
         f'aria-label="Accuracy against latency on {device}; the table below holds the same points"></div>',
-        _table(front, references),
+        _table(front, trials, references),
         '<div class="detail" aria-live="polite"></div>',
         '<div class="figures">',
     ]
@@ -284,8 +302,19 @@ def _section(
     return "\n".join(lines)
 
 
-def _table(front: ParetoFront, references: Sequence[Mapping[str, Any]]) -> str:
-    """The front's points, to choose from, and between them what to compare with; fastest first."""
+def _limits(limits: Mapping[str, float]) -> str:
+    """`latency_ms at most 33, accuracy at least 0.55`, with the study file's keys."""
+    words = {"accuracy": "at least"}
+    return ", ".join(f"{key} {words.get(key, 'at most')} {value:,}" for key, value in limits.items())
+
+
+def _table(front: ParetoFront, trials: Sequence[TrialResult], references: Sequence[Mapping[str, Any]]) -> str:
+    """The front's points, to choose from, and between them what to compare with; fastest first.
+
+    Of what a trial was asked those keys are shown in which the device's trials differ.
+    """
+    searched = differing(r.asked.to_json() for r in (*trials, *front.points, front.baseline))
+    columns = (*_COLUMNS, *((key.replace("_", " "), key, "{}") for key in searched))
     device = html.escape(front.device)
     on_front = {p.trial for p in front.points}
     points = list(front.points) + ([] if front.baseline.trial in on_front else [front.baseline])
@@ -296,18 +325,17 @@ def _table(front: ParetoFront, references: Sequence[Mapping[str, Any]]) -> str:
             *(["unpruned"] if point.trial == front.baseline.trial else []),
             *(["not on the front"] if point.trial not in on_front else []),
         ]
-        values = {
-            key: getattr(point.asked if key in ("beta", "ratio") else point, key) for _, key, _ in _COLUMNS
-        }
+        asked = point.asked.to_json()
+        values = {key: asked[key] if key in asked else getattr(point, key) for _, key, _ in columns}
         opening = f'<tr class="point" tabindex="0" data-device="{device}" data-trial="{point.trial}">'
         name = f"{point.trial}" + "".join(f"<span class=badge>{badge}</span>" for badge in badges)
-        rows.append((point.latency_ms or 0.0, opening + _cells(name, values, point.speedup_ci)))
+        rows.append((point.latency_ms or 0.0, opening + _cells(columns, name, values, point.speedup_ci)))
     for place in references:
         badge = "reference" if place.get("measured") else "as given, not measured"
         name = f"{html.escape(str(place['name']))}<span class=badge>{badge}</span>"
-        cells = _cells(name, place, place.get("speedup_ci"))
+        cells = _cells(columns, name, place, place.get("speedup_ci"))
         rows.append((place["latency_ms"], f'<tr class="reference">{cells}'))
-    heads = "".join(f"<th scope='col'>{title}</th>" for title, _, _ in _COLUMNS)
+    heads = "".join(f"<th scope='col'>{title}</th>" for title, _, _ in columns)
     return "\n".join(
         [
             '<div class="scroll"><table>',
@@ -320,11 +348,18 @@ def _table(front: ParetoFront, references: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
-def _cells(name: str, values: Mapping[str, Any], interval: Sequence[float] | None) -> str:
+def _cells(
+    columns: Sequence[tuple[str, str, str]],
+    name: str,
+    values: Mapping[str, Any],
+    interval: Sequence[float] | None,
+) -> str:
     cells = [f"<td>{name}</td>"]
-    for _, key, pattern in _COLUMNS:
+    for _, key, pattern in columns:
         value = values.get(key)
-        text = "-" if value is None else pattern.format(value)
+        if isinstance(value, float) and pattern == "{}":
+            pattern = "{:.3f}"
+        text = "-" if value is None else html.escape(pattern.format(value))
         if key == "speedup" and interval:
             text += f' <span class="soft small">({interval[0]:.2f} to {interval[1]:.2f})</span>'
         cells.append(f"<td>{text}</td>")

@@ -6,7 +6,7 @@ Plain records with JSON both ways. Knows neither Optuna nor MLflow, nor how a tr
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -66,6 +66,13 @@ class TrialParams:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TrialParams:
         return cls(**{f.name: data[f.name] for f in fields(cls) if f.name in data})
+
+
+def differing(asked: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The keys besides `beta` and `ratio` in which some parameters, in their JSON form, are not alike."""
+    every = list(asked)
+    names = [f.name for f in fields(TrialParams) if f.name not in ("beta", "ratio")]
+    return tuple(name for name in names if len({one.get(name) for one in every}) > 1)
 
 
 @dataclass(frozen=True)

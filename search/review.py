@@ -6,16 +6,16 @@ where MLflow puts it.
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import figures as draw
 from .bench import Shop
 from .found import Found
+from .front import ParetoFront
 from .report import write_report
 from .studyfile import StudyFile
 from .tables import profile_json
@@ -48,10 +48,9 @@ def figures(study: StudyFile, shop: Shop, found: Found) -> dict[str, Figure]:
         "beta_ratio_speedup": draw.beta_ratio_figure(trials, "speedup"),
         "predicted_measured": draw.predicted_measured_figure(trials),
     }
-    points = [p.trial for p in found.front.points if p.trial > 0]
-    shares = {
-        f"trial {n}": w for n, w in trial_widths(study, device, points, _channels(profile)).items() if w
-    }
+    points = [p for p in found.front.points if p.trial > 0]
+    widths = trial_widths(study, device, points, _channels(profile))
+    shares = {f"trial {number}": layers for number, layers in widths.items() if layers}
     if shares:
         result["pruned_share"] = draw.pruned_share_figure(shares)
     if profile is not None:
@@ -62,9 +61,17 @@ def figures(study: StudyFile, shop: Shop, found: Found) -> dict[str, Figure]:
 
 
 def write_study_report(
-    study: StudyFile, found: Mapping[str, Found], path: Path, *, shop: Shop | None = None
+    study: StudyFile,
+    found: Mapping[str, Found],
+    path: Path,
+    *,
+    shop: Shop | None = None,
+    devices: Sequence[str] = (),
 ) -> Path:
     """Write the self-contained page of all devices in `found`.
+
+    Args:
+        devices: those that were asked for; the page names those of them that have no front yet.
 
     Raises:
         OSError: the file cannot be written.
@@ -75,13 +82,13 @@ def write_study_report(
         cached = _profile(study, shop, f)
         if cached is not None:
             profiles[name] = profile_json(cached)
-        numbers = [r.trial for r in f.results if r.state == "complete"]
-        widths[name] = trial_widths(study, name, numbers, _channels(cached))
+        complete = [r for r in f.results if r.state == "complete"]
+        widths[name] = trial_widths(study, name, complete, _channels(cached))
     return write_report(
         path,
         study.name,
         [f.front for f in found.values()],
-        {name: f.results for name, f in found.items()},
+        {name: found[name].results if name in found else () for name in dict.fromkeys([*found, *devices])},
         profiles=profiles,
         widths=widths,
         limits={device: limits for name in found for device, limits in _limits(study, name).items()},
@@ -111,7 +118,13 @@ def record_front(study: StudyFile, shop: Shop, tracker: Tracker, found: Found) -
             files[f"figures/{name}.json"] = path
         files |= {f"figures/{name}.png": path for name, path in write_pngs(drawn, folder).items()}
         shown = [r.to_json(found.front.baseline) for r in found.references]
-        tracker.log_front(found.front, files, references=shown)
+        tracker.log_front(found.front, files, references=shown, hypervolumes=hypervolumes(found))
+
+
+def hypervolumes(found: Found) -> dict[int, float]:
+    """Number of trials to the hypervolume after so many, in the order in which they ended."""
+    ended = sorted(found.results, key=lambda r: (r.trial > 0, r.finished_at or "", r.trial))
+    return {n: ParetoFront.of(ended[:n]).hypervolume for n in range(1, len(ended) + 1)}
 
 
 def write_pngs(drawn: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
@@ -140,11 +153,14 @@ def write_pngs(drawn: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
 
 
 def study_arguments(study: StudyFile) -> list[str]:
-    """How a command run in the study file's folder names this study, without a path of this machine."""
+    """How a command run in the study file's folder names this study, without a path of this machine; an
+    output folder outside that one is `DIR`, for the reader to fill in.
+    """
     home = study.source.parent
     if study.folder == (home / "runs" / study.name).resolve():
         return [study.source.name]
-    return [study.source.name, "--dir", Path(os.path.relpath(study.folder, home)).as_posix()]
+    inside = study.folder.is_relative_to(home)
+    return [study.source.name, "--dir", study.folder.relative_to(home).as_posix() if inside else "DIR"]
 
 
 def _profile(study: StudyFile, shop: Shop, found: Found) -> LatencyProfile | None:

@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
+from .result import differing
+
 METRICS = (
     "accuracy",
     "latency_ms",
@@ -38,6 +40,14 @@ COLUMNS = (
     "params",
     "macs",
     "run_id",
+    "ratio_of",
+    "criterion",
+    "cost",
+    "allocation",
+    "round_to",
+    "steps",
+    "depth",
+    "recovery",
 )
 TAG_CHARACTERS = 500
 
@@ -96,7 +106,8 @@ def front_rows(front: Mapping[str, Any], run_ids: Mapping[int, str]) -> list[dic
     rows = []
     for point in front["points"]:
         low, high = point.get("speedup_ci") or (None, None)
-        row = {**point, "speedup_low": low, "speedup_high": high, "run_id": run_ids.get(point["trial"])}
+        row = {**point.get("asked", {}), **point, "speedup_low": low, "speedup_high": high}
+        row["run_id"] = run_ids.get(point["trial"])
         rows.append({name: row.get(name) for name in COLUMNS})
     return rows
 
@@ -111,7 +122,8 @@ def front_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def front_note(device: str, front: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    """The front as Markdown, for the run's description."""
+    """The front as Markdown, for the run's description, with the settings in which its points differ."""
+    settings = differing(rows)
     base = front["baseline"]
     title = (
         f"**Pareto front of {device}**: {len(rows)} points, hypervolume {front['hypervolume']:.4f}. "
@@ -120,8 +132,9 @@ def front_note(device: str, front: Mapping[str, Any], rows: Sequence[Mapping[str
     lines = [
         title,
         "",
-        "| trial | β | ratio | accuracy | latency, ms | p90, ms | speedup |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| trial | β | ratio | accuracy | latency, ms | p90, ms | speedup |"
+        + "".join(f" {name.replace('_', ' ')} |" for name in settings),
+        "| ---: | ---: | ---: | ---: | ---: | ---: | ---: |" + " ---: |" * len(settings),
     ]
     for row in rows:
         interval = (
@@ -130,14 +143,19 @@ def front_note(device: str, front: Mapping[str, Any], rows: Sequence[Mapping[str
         lines.append(
             f"| {row['trial']} | {row['beta']:.3f} | {row['ratio']:.3f} | {row['accuracy']:.4f} | "
             f"{row['latency_ms']:.2f} | {row['latency_p90_ms']:.2f} | {row['speedup']:.2f}x{interval} |"
+            + "".join(f" {_setting(row[name])} |" for name in settings)
         )
     for place in front.get("references", ()):
         how = "" if place["measured"] else ", as given"
         lines.append(
             f"| {place['name']}{how} | | | {place['accuracy']:.4f} | {place['latency_ms']:.2f} | | "
-            f"{place['speedup']:.2f}x |"
+            f"{place['speedup']:.2f}x |" + " |" * len(settings)
         )
     return "\n".join(lines) + "\n"
+
+
+def _setting(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 def _is_number(value: Any) -> bool:

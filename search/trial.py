@@ -321,6 +321,7 @@ def _result(
         "score_kept": known.score_kept,
         "size_mb": known.timed.size_mb if known.timed else None,
         "removed_share": _removed_share(plan, bench),
+        "blocks": list(plan.blocks),
     }
     if verdict:
         details |= {"parity": verdict.parity, "measured": verdict.measured}

@@ -1,13 +1,15 @@
 """Layer widths: each layer's output channels before and after a plan, for people to look at.
 
-Knows plans and where trials leave them; nothing of figures or pages.
+Knows plans, results and where trials leave them; nothing of figures or pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from .plan import PruningPlan
+from .result import TrialResult
 from .studyfile import StudyFile
 from .workspace import Workspace
 
@@ -20,7 +22,8 @@ def layer_widths(plan: PruningPlan, original: Mapping[str, int] | None = None) -
 
     Args:
         original: layer to its output channels in the unpruned model, in the network's order: those that keep
-            everything are then listed too. Without it only narrowed layers are, sorted by name.
+            everything are then listed too. Without it only narrowed layers are, sorted by name, and none
+            that went with a block (see `plan.blocks`), whose width before a plan does not tell.
 
     Returns:
         Layer to (before, after); batch norms are left out.
@@ -40,16 +43,41 @@ def layer_widths(plan: PruningPlan, original: Mapping[str, int] | None = None) -
 
 
 def trial_widths(
-    study: StudyFile, device: str, trials: Sequence[int], original: Mapping[str, int] | None = None
+    study: StudyFile,
+    device: str,
+    results: Sequence[TrialResult],
+    original: Mapping[str, int] | None = None,
 ) -> dict[int, dict[str, tuple[int, int]]]:
-    """Trial number to its layers' widths, for the trials whose plan is on this machine.
+    """Trial number to its layers' widths: by the plan where it is on this machine, else as far as the result
+    tells.
 
     Args:
-        original: as for `layer_widths`.
+        results: the trials, of any machine.
+        original: as for `layer_widths`; without it the widths of a trial whose plan is elsewhere, or that
+            lost whole blocks, are not known and the trial is left out.
     """
     workspace = Workspace(study.folder)
-    paths = {number: workspace.trial(device, number) / "plan.json" for number in trials}
-    return {n: layer_widths(PruningPlan.load(p), original) for n, p in paths.items() if p.exists()}
+    found = {}
+    for result in results:
+        plan = _plan(workspace.trial(device, result.trial) / "plan.json", result)
+        shares = result.details.get("removed_share")
+        if plan is not None and (original is not None or not plan.blocks):
+            found[result.trial] = layer_widths(plan, original)
+        elif original is not None and shares is not None:
+            found[result.trial] = {
+                layer: (channels, round(channels * (1.0 - shares.get(layer, 0.0))))
+                for layer, channels in original.items()
+            }
+    return found
+
+
+def _plan(path: Path, result: TrialResult) -> PruningPlan | None:
+    """The plan in a file, None where there is none of this very trial: it may have been redone elsewhere."""
+    try:
+        plan = PruningPlan.load(path)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return plan if result.plan_digest in (None, plan.digest) else None
 
 
 def _in_order(name: str) -> list[tuple[int, int, str]]:

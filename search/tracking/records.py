@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mlflow.entities import Run
 
 # What MLflow gets of a trial's folder; result.json is rewritten on the way, without paths and secrets.
-TRIAL_FILES = ("plan.json", "artifact.json", "model.*")
+TRIAL_FILES = ("plan.json", "measurement.json", "model.*")
 STATUS = {"complete": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 DIGEST = "paretoprune.result_digest"
 
@@ -134,7 +134,13 @@ class Records:
             "baseline_latency_ms": front["baseline"]["latency_ms"],
         }
         note = {"mlflow.note.content": front_note(record["device"], front, rows)}
-        store.log(parent, metrics=[(name, value, step) for name, value in metrics.items()], tags=note)
+        earlier = body.get("hypervolumes") or {}
+        have = {m.step for m in client.get_metric_history(parent, "hypervolume")} if earlier else set()
+        missing = [
+            ("hypervolume", value, int(n)) for n, value in earlier.items() if int(n) not in {step, *have}
+        ]
+        latest = [(name, value, step) for name, value in metrics.items()]
+        store.log(parent, metrics=[*missing, *latest], tags=note)
         shown = {**front, "points": [{**p, "run_id": run_ids.get(p["trial"])} for p in front["points"]]}
         client.log_text(parent, json.dumps(shown, indent=1) + "\n", "front.json")
         client.log_text(parent, front_csv(rows), "front.csv")

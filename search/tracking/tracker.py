@@ -176,6 +176,7 @@ class Tracker:
         *,
         references: Sequence[Mapping[str, Any]] = (),
         step: int | None = None,
+        hypervolumes: Mapping[int, float] | None = None,
     ) -> None:
         """The device's front: table, hypervolume, figures on the parent run, and every trial's `pareto` tag.
 
@@ -183,6 +184,7 @@ class Tracker:
             files: artifact path in the run (`figures/front.png`) to the file.
             references: stock models to compare with, as in `paretoprune front --json`.
             step: of the hypervolume metric; default the number of trials logged so far.
+            hypervolumes: of earlier steps, for those that the run lacks: fronts that wait replace each other.
 
         Raises:
             ValueError: `device_run` was not called for the device.
@@ -191,6 +193,7 @@ class Tracker:
             "device": self._record(front.device),
             "front": publishable({**front.to_json(), "references": list(references)}, self._uri),
             "step": step,
+            "hypervolumes": {str(n): value for n, value in (hypervolumes or {}).items()},
             "files": {name: os.path.relpath(path, self._outbox.folder) for name, path in files.items()},
         }
         if self._post("front", front.device, body) is None:

@@ -49,8 +49,6 @@ def live(folder: Path) -> None:
     from search.launch import open_tracker
     from search.recorder import MlflowRecorder
     from search.result import TrialResult
-    from search.study import DeviceStudy, open_storage
-    from search.workspace import Workspace
 
     stand_ins = _stand_ins()
     file = stand_ins.make_study(folder, trials=TRIALS, search={"sampler": "tpe"})
@@ -68,14 +66,12 @@ def live(folder: Path) -> None:
 
     search.loop.run_trial = run
     tracker = open_tracker(file)
-    workspace = Workspace(file.folder)
-    study = DeviceStudy(file, "first", open_storage(file, workspace), workspace)
-    recorder = MlflowRecorder(file, tracker, lambda device: study.front())
-    fronts = search.loop.run_search(
+    recorder = MlflowRecorder(file, tracker)
+    ended = search.loop.run_search(
         file, stand_ins.StandInShop(file), ["first"],
         trials=TRIALS, timeout_s=None, progress=stand_ins.Watcher(), recorder=recorder,
     )  # fmt: skip
-    tracker.log_front(fronts["first"], {})
+    tracker.log_front(ended.fronts["first"], {})
     tracker.end_device("first")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import html.parser
+import io
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,11 @@ from search.front import ParetoFront
 from search.plan import LayerCut, PruningPlan
 from search.report import write_figure, write_report
 from search.result import TrialParams, TrialResult
-from search.widths import layer_widths
+from search.review import study_arguments
+from search.run_record import front_csv, front_note, front_rows
+from search.studyfile import StudyFile, load_study_file
+from search.widths import layer_widths, trial_widths
+from search.workspace import Workspace
 
 HOSTILE = "</script><script>alert(1)</script>"
 REFERENCE = {
@@ -223,6 +230,136 @@ def test_widths_of_a_plan() -> None:
     every = layer_widths(plan, {"model.9.conv": 16, "model.10.conv": 16, "model.11.conv": 4})
     assert every["model.11.conv"] == (4, 4)
     assert next(iter(every)) == "model.9.conv"
+
+
+def study_in(home: Path, folder: Path) -> StudyFile:
+    for name in ("model.pt", "data.yaml"):
+        (home / name).touch()
+    (home / "study.yaml").write_text(
+        "name: s\nmodel: model.pt\ndata: data.yaml\ndevices: [{name: laptop, runtime: torch}]\n"
+    )
+    return load_study_file(home / "study.yaml", folder=folder)
+
+
+def test_widths_of_a_trial_come_from_its_plan_or_from_what_its_result_tells(
+    tmp_path: Path, results: dict[str, list[TrialResult]]
+) -> None:
+    study = study_in(tmp_path, tmp_path / "out")
+    original = {"a": 16, "b.0.conv": 8, "c": 32}
+    plan = PruningPlan("key", {}, {"a": LayerCut(8, 16, (), (0, 1))}, ("b.0",))
+    here = Workspace(study.folder).trial("laptop", 1)
+    here.mkdir(parents=True)
+    plan.save(here / "plan.json")
+    shares = {"removed_share": {"a": 0.25, "a.bn": 0.25, "b.0.conv": 1.0}}
+    local = replace(results["laptop"][1], plan_digest=plan.digest)
+    elsewhere = replace(results["laptop"][2], details=shares, plan_digest="of another machine")
+    # Redone by another machine: the plan that lies here is no longer this trial's.
+    redone = replace(local, plan_digest="of another machine", details=shares)
+    old = results["laptop"][3]
+    found = trial_widths(study, "laptop", [local, elsewhere, old], original)
+    assert found == {
+        1: {"a": (16, 14), "b.0.conv": (8, 0), "c": (32, 32)},
+        2: {"a": (16, 12), "b.0.conv": (8, 0), "c": (32, 32)},
+    }
+    assert trial_widths(study, "laptop", [redone], original)[1]["a"] == (16, 12)
+    # Without the original's widths a block that is gone cannot be told from one that was kept.
+    assert trial_widths(study, "laptop", [local, elsewhere], None) == {}
+
+
+def test_commands_name_no_folder_outside_the_study_files(tmp_path: Path) -> None:
+    home = tmp_path / "somebody" / "project"
+    home.mkdir(parents=True)
+    for folder, words in (
+        (home / "runs" / "s", []),
+        (home / "out" / "first", ["--dir", "out/first"]),
+        (tmp_path / "somebody" / "elsewhere", ["--dir", "DIR"]),
+    ):
+        assert study_arguments(study_in(home, folder)) == ["study.yaml", *words]
+
+
+def test_no_path_of_this_machine_is_in_a_figure_or_a_page(
+    tmp_path: Path, results: dict[str, list[TrialResult]]
+) -> None:
+    reason = "RuntimeError: cannot read '/home/bob/secret project/x.pt' from http://bob:hunter2@host/"
+    trials = [replace(r, reason=reason) if r.reason else r for r in results["laptop"]]
+    figure = beta_ratio_figure(trials)
+    assert "RuntimeError: cannot read" in figure.data[0].text[0]
+    page = write_report(tmp_path / "r.html", "s", [ParetoFront.of(trials)], {"laptop": trials}).read_text()
+    for text in (str(figure.to_json()), page.split("plotly.js v")[0]):
+        assert "/home" not in text
+        assert "bob" not in text
+        assert "hunter2" not in text
+
+
+SETTINGS = {"criterion": "l1", "steps": 3, "depth": 0.25, "recovery": "scratch"}
+
+
+def test_trials_that_differ_in_any_setting_can_be_told_apart(
+    tmp_path: Path, results: dict[str, list[TrialResult]]
+) -> None:
+    first, second = results["laptop"][0], results["laptop"][3]
+    for key, value in SETTINGS.items():
+        twin = replace(second, asked=replace(second.asked, **{key: value}), trial=7, latency_ms=5.9)
+        front = ParetoFront.of([first, second, replace(twin, accuracy=0.54)])
+        texts = [text.split("<br>")[1:3] for text in traces(front_figure([front]), "front")[0].text]
+        assert texts[0] != texts[1]
+        points = {p["trial"]: p for p in front.to_json()["points"]}
+        assert points[7]["asked"] == {**points[3]["asked"], key: value}
+
+        rows = front_rows(front.to_json(), {})
+        table = list(csv.DictReader(io.StringIO(front_csv(rows))))
+        assert [row[key] for row in table][:2] == [str(value), str(getattr(second.asked, key))]
+        shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+        note = front_note("laptop", {**front.to_json(), "references": [REFERENCE]}, rows).splitlines()
+        assert [key in line for line in note[2:3]] == [True]
+        assert f" {shown} |" in note[4]
+        assert len({line.count("|") for line in note[2:]}) == 1
+
+        page = write_report(tmp_path / "r.html", "s", [front], {"laptop": list(front.points)}).read_text()
+        table_of_page = page[page.index("<thead>") : page.index("</table>")]
+        assert f"<th scope='col'>{key}</th>" in table_of_page
+        assert f"<td>{shown}</td>" in table_of_page
+        others = set(SETTINGS) - {key}
+        assert not [name for name in others if f"<th scope='col'>{name}</th>" in table_of_page]
+
+
+def test_all_limits_of_a_device_are_listed(tmp_path: Path, results: dict[str, list[TrialResult]]) -> None:
+    limits = {"latency_ms": 33.0, "accuracy": 0.55, "params": 1_000_000, "size_mb": 5.5}
+    fronts = [ParetoFront.of(trials) for trials in results.values()]
+    page = write_report(tmp_path / "r.html", "s", fronts, results, limits={"laptop": limits}).read_text()
+    (line,) = re.findall(r'<p class="[^"]*limits">(.*?)</p>', page)
+    assert line.removeprefix("Limits: ").split(", ") == [
+        "latency_ms at most 33.0",
+        "accuracy at least 0.55",
+        "params at most 1,000,000",
+        "size_mb at most 5.5",
+    ]
+
+
+def test_the_page_says_what_is_gone_and_what_is_not_known(
+    browser: Any, tmp_path: Path, results: dict[str, list[TrialResult]]
+) -> None:
+    blocks = {"blocks": ["layer1.0"]}
+    trials = [replace(r, details=blocks) if r.trial == 3 else r for r in results["laptop"]]
+    gone = {"stem": (16, 8), "layer1.0.conv": (8, 0), "layer2.0.conv": (8, 8)}
+    page = write_report(
+        tmp_path / "r.html", "s", [ParetoFront.of(trials)], {"laptop": trials},
+        widths={"laptop": {3: gone, 1: gone, 2: {}}},
+    )  # fmt: skip
+    tab = browser.open(page.as_uri(), 1280)
+    tab.wait_for("document.readyState === 'complete' && document.querySelector('tr.point') !== null")
+    detail = "document.querySelector('section[data-device=laptop] .detail')"
+
+    def shown(trial: int) -> str:
+        tab.evaluate(f"""document.querySelector('tr.point[data-trial="{trial}"]').click()""")
+        return str(tab.evaluate(f"{detail}.textContent"))
+
+    three = shown(3)
+    assert "Blocks that are gone, each an identity now: layer1.0." in three
+    assert "1 of 3 layers narrowed, 1 gone with their blocks" in three
+    assert "Layers that went with whole blocks: layer1.0.conv." in shown(1)
+    assert "not known" in shown(5)
+    assert tab.said == []
 
 
 def test_the_pages_points_are_the_fronts(page: Path, fronts: list[ParetoFront]) -> None:

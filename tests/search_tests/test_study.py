@@ -33,6 +33,7 @@ from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.timing import Timing
+from search.front import ParetoFront
 from search.groups import ChannelGroup, ChannelGroups, Member
 from search.heartbeat import Watch, identity
 from search.limits import excess_of
@@ -157,6 +158,7 @@ class Watcher:
         self.begun: list[tuple[str, int]] = []
         self.recorded: list[tuple[str, int, str]] = []
         self.earlier: dict[str, list[int]] = {}
+        self.fronts: dict[str, ParetoFront | None] = {}
 
     def notice(self, text: str) -> None:
         self.notices.append(text)
@@ -173,9 +175,10 @@ class Watcher:
     def begin(self, bench: Bench, earlier: Any) -> None:
         self.earlier[bench.device.name] = [result.trial for result, _ in earlier]
 
-    def record(self, result: TrialResult, folder: Path) -> None:
+    def record(self, result: TrialResult, folder: Path, front: ParetoFront | None) -> None:
         assert (folder / "result.json").exists()  # safe before anybody is told
         self.recorded.append((result.device, result.trial, result.state))
+        self.fronts[result.device] = front
 
 
 def go(study: StudyFile, devices: tuple[str, ...] = ("first",), trials: int = 5, **bench: str) -> Watcher:

@@ -20,9 +20,11 @@ from typing import Any
 import pytest
 import yaml
 
+from search.found import Found
 from search.front import ParetoFront
 from search.outbox import Outbox
 from search.result import TrialParams, TrialResult
+from search.review import hypervolumes
 from search.tracking import Tracker, TrackingError
 from search.ui import ui_command, ui_environment
 from search.uri import publishable, redact, without_paths
@@ -62,6 +64,7 @@ def make_folder(study: Path, result: TrialResult) -> Path:
     (folder / "plan.json").write_text('{"format_version": 1}\n')
     (folder / "model.safetensors").write_bytes(b"weights")
     (folder / "model.onnx").write_bytes(b"onnx")
+    (folder / "measurement.json").write_text('{"ratio": 0.5}\n')
     (folder / "scratch.tmp").write_bytes(b"not for the store")
     return folder
 
@@ -143,7 +146,7 @@ def test_a_device_and_its_trials(study: Path) -> None:
     history = client.get_metric_history(run_id, "epoch_accuracy")
     assert [(m.step, m.value) for m in history] == [(0, 0.1), (1, 0.2), (2, 0.5)]
     names = {f.path for f in client.list_artifacts(run_id)}
-    assert names == {"plan.json", "model.safetensors", "model.onnx", "result.json"}
+    assert names == {"plan.json", "model.safetensors", "model.onnx", "result.json", "measurement.json"}
     kept = Path(client.download_artifacts(run_id, "result.json", str(study)))
     assert TrialResult.from_json(json.loads(kept.read_text())) == result
 
@@ -382,6 +385,7 @@ def test_records_wait_for_a_server_and_hold_no_secret(
     ids = tracker.run_ids("laptop-ort")
     assert sorted(ids) == [0, 1]
     assert sorted(f.path for f in tracker.client().list_artifacts(ids[1])) == [
+        "measurement.json",
         "model.onnx",
         "model.safetensors",
         "plan.json",
@@ -415,6 +419,30 @@ def test_another_process_sends_what_waits(study: Path, port: int) -> None:
     # Nothing but the outbox tells it what is missing.
     assert sorted(open_tracker(study).run_ids("laptop-ort")) == [4]
     assert tracker.waiting == 0
+
+
+def test_fronts_that_waited_leave_no_hole_in_the_hypervolume(study: Path, port: int) -> None:
+    """Each replaced the one before it, so the last one says what the others would have said."""
+    results = [make_result(n, 0.6 - 0.01 * n, 10.0 - n) for n in range(5)]
+    found = Found(ParetoFront.of(results), tuple(results))
+    tracker = open_tracker(study)
+    parent = start_device(tracker)
+    tracker.log_trial(results[0], study)
+    tracker.log_front(ParetoFront.of(results[:1]), {})
+    away = Tracker.open(f"http://127.0.0.1:{port}", "bccd", None, outbox=study / "outbox", notice=str)
+    start_device(away)
+    for n, result in enumerate(results[1:], start=2):
+        away.log_trial(result, study)
+        away.log_front(ParetoFront.of(results[:n]), {})
+    away.log_front(found.front, {}, hypervolumes=hypervolumes(found))
+    again = open_tracker(study)
+    start_device(again)
+    for _ in range(2):  # once more changes nothing
+        history = again.client().get_metric_history(str(parent), "hypervolume")
+        assert sorted({(m.step, m.value) for m in history}) == [
+            (n, ParetoFront.of(results[:n]).hypervolume) for n in range(1, 6)
+        ]
+        again.log_front(found.front, {}, hypervolumes=hypervolumes(found))
 
 
 # -- parts
