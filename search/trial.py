@@ -322,7 +322,7 @@ def _result(
         "removed_share": _removed_share(plan, bench),
     }
     if verdict:
-        details |= {"parity": verdict.parity, "measured": verdict.measured}
+        details |= {"parity": verdict.parity, "measured": verdict.measured, "structure": verdict.structure}
         details["size_mb"] = size_mb(verdict.artifact)
     if comparison:
         details |= _comparison_details(comparison, plan.is_empty)
