@@ -315,13 +315,16 @@ class ClassificationTask:
             "description": "Classifier pruned with paretoprune",
             "task": "classify",
             "imgsz": str(list(self.input_shape[2:])),
+            "resize": self._images.resize,
             "names": str(dict(enumerate(self._images.classes))),
             "mean": str(list(self.mean)),
             "std": str(list(self.std)),
         }
 
     def save(self, model: nn.Module, path: Path) -> Path:
-        """Write the state dict, as safetensors where the path ends so; `load_pruned` opens it again."""
+        """Write the state dict, as safetensors where the path ends so; `load_pruned` opens it again, given
+        the names of the blocks that were removed, which no state dict holds.
+        """
         state = {
             name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()
         }

@@ -52,12 +52,15 @@ class ImageData:
         train, val: the splits, of one size.
         classes: names, by class index.
         key: sha256 digest of what was read and at which size.
+        resize: how an image of another size is brought to this one: "scale" as a whole, or "crop", scaled on
+            its shorter side and cut in the centre.
     """
 
     train: LabelledImages
     val: LabelledImages
     classes: tuple[str, ...]
     key: str
+    resize: str
 
 
 def open_images(path: Path, imgsz: int | None = None) -> ImageData:
@@ -124,7 +127,7 @@ def _open_npz(path: Path, imgsz: int | None) -> ImageData:
     for name in names:
         digest.update(np.ascontiguousarray(arrays[name]).data)
     count = int(max(train.labels.max(), val.labels.max())) + 1
-    return ImageData(train, val, tuple(str(i) for i in range(count)), digest.hexdigest())
+    return ImageData(train, val, tuple(str(i) for i in range(count)), digest.hexdigest(), "scale")
 
 
 def _array_reader(x: NDArray[np.uint8], size: tuple[int, int]) -> Callable[[NDArray[np.int64]], Tensor]:
@@ -173,7 +176,8 @@ def _open_folder(path: Path, imgsz: int) -> ImageData:
         for split, samples in found.items()
     }
     files = [file for samples in found.values() for file, _ in samples]
-    return ImageData(splits["train"], splits["val"], tuple(classes), f"{files_digest(files, path)}-{imgsz}")
+    key = f"{files_digest(files, path)}-{imgsz}"
+    return ImageData(splits["train"], splits["val"], tuple(classes), key, "crop")
 
 
 @dataclass(eq=False)

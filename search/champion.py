@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from .export import CARD, check_target, read_metrics, replace_folder
+from .exported import CARD, check_target, read_metrics, replace_folder
 from .recorder import open_tracker
 from .study import SearchError
 from .studyfile import StudyFile
@@ -90,14 +90,19 @@ def fetch_export(
     client = open_tracker(study, notice).client()
     name = model_name(study, device)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".fetch-") as scratch:
-        version, folder = fetch_model(client, name, alias, Path(scratch))
+        fetched = fetch_model(client, name, alias, Path(scratch))
         try:
-            metrics = read_metrics(folder)
+            metrics = read_metrics(fetched.folder)
         except (OSError, ValueError, KeyError) as error:
-            raise SearchError(f"{name} version {version} is damaged: {error}") from error
+            raise SearchError(f"{name} version {fetched.version} is damaged: {error}") from error
+        if not fetched.is_whole:  # the digests above are of the other files
+            raise SearchError(
+                f"{name} version {fetched.version} is damaged: metrics.json or {CARD} must be as registered, "
+                "or a file was added or lost; export and register it again"
+            )
         notice(
-            f"{name} version {version} ({alias}): trial {metrics['trial']}, {metrics['metric']} "
+            f"{name} version {fetched.version} ({alias}): trial {metrics['trial']}, {metrics['metric']} "
             f"{metrics['accuracy']:.4f}, {metrics['latency_ms']:.2f} ms on {metrics['fingerprint']}"
         )
-        replace_folder(folder, target)
+        replace_folder(fetched.folder, target)
     return target

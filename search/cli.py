@@ -265,9 +265,7 @@ def export(
         bool,
         typer.Option("--from-registry", help="Fetch the registered model instead: needs no trials here."),
     ] = False,
-    alias: Annotated[
-        str, typer.Option("--alias", metavar="ALIAS", help="With --from-registry: champion or previous.")
-    ] = "champion",
+    alias: Annotated[str | None, typer.Option(help="With --from-registry; default: champion.")] = None,
     measure: Annotated[
         bool,
         typer.Option("--measure", help="Measure the file again; exit 1 where it is not as fast as recorded."),
@@ -278,15 +276,17 @@ def export(
 ) -> None:
     """Export the best model of a device: the knee of its front, or the one that fits the limits."""
     from .champion import fetch_export, register_export
-    from .export import check_choice, export_best, read_metrics
+    from .export import check_choice, export_best
+    from .exported import read_metrics
     from .remeasure import remeasure
 
     chosen = {"--trial": trial, "--max-latency": max_latency, "--min-accuracy": min_accuracy}
-    check_choice(chosen, {"--also": also, "--register": register}, from_registry=from_registry)
+    further = {"--also": also, "--register": register}
+    check_choice(chosen, further, from_registry=from_registry, alias=alias)
     file = _load(study, set_, dir, needs_files=measure or not from_registry)
     name = file.device(device).name
     if from_registry:
-        done = fetch_export(file, name, alias=alias, out=out_dir, notice=_tell)
+        done = fetch_export(file, name, alias=alias or "champion", out=out_dir, notice=_tell)
     else:
         limits = {"max_latency_ms": max_latency, "min_accuracy": min_accuracy}
         done = export_best(file, name, **limits, trial=trial, out=out_dir, also=also or (), notice=_tell)
@@ -294,7 +294,7 @@ def export(
             _tell(register_export(file, name, done))
     again = remeasure(file, name, done, notice=_tell) if measure else None
     if as_json:
-        _print_json({"folder": str(done), **read_metrics(done)})
+        _print_json({"folder": str(done), **read_metrics(done), "remeasured": again and again.to_json()})
     else:
         out.print(str(done), highlight=False, soft_wrap=True)
     if again is not None and not again.agrees:

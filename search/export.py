@@ -4,14 +4,13 @@
     plan.json, metrics.json, MODEL_CARD.md
 
 Replays the trial's plan on the original weights, loads the recovered state, and compares each artifact with
-the PyTorch model on real images and with the accuracy that the trial recorded. Knows no registry.
+the PyTorch model on real images, with the accuracy that the trial recorded and with the structure of the
+file that it measured. Knows no registry.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
+import shlex
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -20,8 +19,11 @@ from typing import Any
 
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import RUNTIMES, Device
+from profiles.lock import host_lock
+from profiles.structure import structure_digest
 
 from .bench import Shop
+from .exported import CARD, FORMAT_VERSION, METRICS, check_target, replace_folder, sha256
 from .found import Found, fronts_of
 from .front import ParetoFront
 from .judge import PARITY_TOLERANCE, check_parity, export_model
@@ -31,15 +33,13 @@ from .prune import check_widths, prune
 from .recorder import open_tracker, versions
 from .result import TrialResult
 from .review import study_arguments
-from .study import SearchError
+from .study import SearchError, changed, conditions_of
 from .studyfile import StudyFile, StudyFileError
 from .uri import publishable
 from .workspace import Workspace, write_json
 
-FORMAT_VERSION = 1
 #: How far the accuracy through an exported artifact may lie from the recorded one.
 ACCURACY_TOLERANCE = 0.005
-CARD = "MODEL_CARD.md"
 _PARITY_IMAGES = 8
 
 Notice = Callable[[str], None]
@@ -68,7 +68,8 @@ def export_best(
 
     Raises:
         NoSuchPointError: no point of the front is within the limits.
-        SearchError: the trial's files cannot be had, or an artifact fails a check.
+        SearchError: the study file is not what the trial ran under, its files cannot be had, or an artifact
+            fails a check.
         StudyFileError: `also` names no runtime, or `out` holds other files.
     """
     unknown = sorted(set(also) - set(RUNTIMES))
@@ -84,69 +85,98 @@ def export_best(
         f"({chosen.speedup:.2f}x)"
     )
     shop = Shop(study, workspace, notice=notice)
+    check_conditions(shop, found)
     model, plan = restore(shop, trial_folder(study, found, chosen, notice), chosen)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         folder = Path(scratch) / "export"
         folder.mkdir()
         own = study.device(device).device()
-        artifacts = [export_model(model, shop.task, own, folder)]
-        for runtime in dict.fromkeys(r for r in also if r != own.runtime):
-            other = Device(name=f"{device}-{runtime}", runtime=runtime)
-            artifacts.append(
-                export_artifact(
-                    shop.task.deployable(model), other, folder, shop.task.input_shape,
-                    shop.task.metadata(model),
-                )
-            )  # fmt: skip
-        checks = {a.path.name: _check(a, model, shop, chosen, own.threads, notice) for a in artifacts}
+        # Not while another process measures on this machine: all of this keeps every core busy.
+        with host_lock("export"):
+            artifacts = [export_model(model, shop.task, own, folder)]
+            for runtime in dict.fromkeys(r for r in also if r != own.runtime):
+                other = Device(name=f"{device}-{runtime}", runtime=runtime)
+                artifacts.append(
+                    export_artifact(
+                        shop.task.deployable(model), other, folder, shop.task.input_shape,
+                        shop.task.metadata(model),
+                    )
+                )  # fmt: skip
+            check_structure(artifacts[0], chosen)
+            checks = {a.path.name: _check(a, model, shop, chosen, own.threads, notice) for a in artifacts}
         plan.save(folder / "plan.json")
-        metrics = metrics_json(study, chosen, found, shop, checks=checks, folder=folder)
-        write_json(folder / "metrics.json", metrics)
+        metrics = metrics_json(study, chosen, found, shop, plan=plan, checks=checks, folder=folder)
+        write_json(folder / METRICS, metrics)
         card = model_card(metrics, dict(shop.task.metadata(model)), plan)
         (folder / CARD).write_text(card, encoding="utf-8")
         replace_folder(folder, target)
     return target
 
 
-def check_choice(choice: Mapping[str, object], further: Mapping[str, object], *, from_registry: bool) -> None:
+def check_choice(
+    choice: Mapping[str, object],
+    further: Mapping[str, object],
+    *,
+    from_registry: bool,
+    alias: str | None = None,
+) -> None:
     """Refuse options that contradict each other.
 
     Args:
         choice: option to value of those that choose a point, None where not given.
         further: the others that only make sense for an export of our own.
+        alias: of a registered model, None where not given.
 
     Raises:
-        StudyFileError: a trial and limits, or anything but an alias together with `--from-registry`.
+        StudyFileError: a trial and limits, anything but an alias together with `--from-registry`, or an alias
+            without it.
     """
     asked = [option for option, value in choice.items() if value is not None]
     if from_registry and (words := [*asked, *(option for option, value in further.items() if value)]):
         raise StudyFileError(
             "--from-registry", [f"fetches what was registered, so takes no {', '.join(words)}"]
         )
+    if alias is not None and not from_registry:
+        raise StudyFileError(
+            "--alias", [f"names a registered model, so {alias!r} needs --from-registry beside it"]
+        )
     if "--trial" in asked and len(asked) > 1:
         raise StudyFileError("--trial", [f"names one point, so takes no {', '.join(asked[1:])}"])
 
 
-def check_target(target: Path) -> None:
-    """Refuse a folder that an export must not replace.
+def check_conditions(shop: Shop, found: Found) -> None:
+    """Make sure that the study file still describes what was measured.
+
+    Its training may have changed: that is over, and what it was is on record.
 
     Raises:
-        StudyFileError: it holds something else than an export.
+        SearchError: the trials had another model, other data, another input, or the device other settings.
     """
-    is_free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
-    if not is_free and not (target / "metrics.json").is_file():
-        raise StudyFileError(
-            "--out",
-            [f"must be a new or empty folder, or one that an export wrote, got {target}, which holds more"],
+    device = found.front.device
+    now = conditions_of(shop.task, shop.study.device(device).device())
+    what = changed(found.conditions, now)
+    if what:
+        raise SearchError(
+            f"study {shop.study.name} on {device} ran under other conditions ({what}), so its trials are not "
+            "what this study file describes; use the study file and the --set overrides of the search"
         )
 
 
-def replace_folder(folder: Path, target: Path) -> None:
-    """Put a finished folder in the place of an earlier export."""
-    if target.exists():
-        shutil.rmtree(target)
-    folder.replace(target)
+def check_structure(artifact: Artifact, chosen: TrialResult) -> None:
+    """Hold the file that ships against the one that was measured, weights apart.
+
+    Raises:
+        SearchError: it is another computation, whose latency nobody knows.
+    """
+    recorded, found = chosen.details.get("structure"), structure_digest(artifact)
+    if recorded is not None and found is not None and found != recorded:
+        raise SearchError(
+            f"export refused: {artifact.path.name} must have the structure of the file that trial "
+            f"{chosen.trial} measured ({recorded[:12]}), got {found[:12]}, so the recorded latency is not "
+            "this file's; export with the versions that the search ran with (tags version.* of the device's "
+            "run in MLflow), or search again under another name"
+        )
 
 
 def _check(
@@ -226,13 +256,15 @@ def metrics_json(
     found: Found,
     shop: Shop,
     *,
+    plan: PruningPlan,
     checks: dict[str, dict[str, float]],
     folder: Path,
 ) -> dict[str, Any]:
     """What was measured, on what, and how to make it again; without paths of this machine and secrets."""
     front: ParetoFront = found.front
     own = next(iter(checks.values()))
-    words = [*study_arguments(study), "--device", result.device, "--trial", str(result.trial)]
+    words = [*study_arguments(study), *study.set_words, "--device", result.device]
+    command = shlex.join(["paretoprune", "export", *words, "--trial", str(result.trial)])
     uri = study.tracking_uri or ""
     document: dict[str, Any] = publishable(
         {
@@ -244,7 +276,10 @@ def metrics_json(
             "trial": result.trial,
             "run_id": found.run_ids.get(result.trial),
             "asked": result.asked.to_json(),
-            "finetune": study.finetune.model_dump(mode="json"),
+            # As the search had it: this study file may say otherwise by now.
+            "finetune": found.conditions.get("finetune") or study.finetune.model_dump(mode="json"),
+            "epochs_trained": max(len(result.epochs) - 1, 0),
+            "blocks": list(plan.blocks),
             "metric": shop.task.metric,
             "accuracy": result.accuracy,
             "accuracy_of_artifact": own["accuracy"],
@@ -271,7 +306,7 @@ def metrics_json(
             "plan_digest": result.plan_digest,
             "finished_at": result.finished_at,
             "versions": versions(),
-            "command": f"paretoprune export {' '.join(words)}",
+            "command": command,
         },
         uri,
     )
@@ -281,31 +316,15 @@ def metrics_json(
 
 
 def latency_interval_ms(result: TrialResult) -> list[float] | None:
-    """The speedup's 95% interval as latencies."""
+    """The speedup's 95% interval as latencies.
+
+    The unpruned model's speedup is 1 by definition; what is known of its latency is how far two copies of it
+    came out apart.
+    """
     if result.speedup_ci is None or result.latency_ms is None or result.speedup is None:
         return None
+    copies = result.details.get("copies_ratio_ci")
+    if copies:
+        return [result.latency_ms * min(1.0, copies[0]), result.latency_ms * max(1.0, copies[1])]
     unpruned = result.latency_ms * result.speedup
     return [unpruned / result.speedup_ci[1], unpruned / result.speedup_ci[0]]
-
-
-def sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def read_metrics(folder: Path) -> dict[str, Any]:
-    """metrics.json of an exported folder.
-
-    Raises:
-        ValueError: another format version, or a file that is not the one recorded.
-    """
-    data: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    if data.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"metrics.json must have format_version {FORMAT_VERSION}, got {data.get('format_version')!r}"
-        )
-    for name, digest in data["files"].items():
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            raise ValueError(
-                f"{name} must be the file that metrics.json records, and is not; export it again"
-            )
-    return data

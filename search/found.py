@@ -31,6 +31,7 @@ class Found:
         references: stock models to compare the front with.
         importances: objective to parameter to importance; empty while there are too few trials.
         runs: trial number to `run_id` and `model`, as far as they are known.
+        conditions: what the study was begun under on this device, see `DeviceStudy.claim`.
     """
 
     front: ParetoFront
@@ -38,6 +39,7 @@ class Found:
     references: tuple[Reference, ...] = ()
     importances: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     runs: dict[int, dict[str, str]] = field(default_factory=dict)
+    conditions: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def document(self) -> dict[str, Any]:
@@ -69,6 +71,7 @@ def find(study: StudyFile, device: str) -> Found | None:
         known_references(study, workspace, device, front.fingerprint),
         parameter_importances(device_study.optuna),
         runs,
+        device_study.conditions,
     )
 
 

@@ -88,6 +88,7 @@ class Verdict:
         accuracy: through the artifact, where the device computes in another precision than the recovery did;
             None where the recovered model's own accuracy stands for it.
         measured: when the latency was taken, in words.
+        structure: of the artifact, see `profiles.structure`; None where it cannot be told.
     """
 
     accuracy: float | None
@@ -96,6 +97,7 @@ class Verdict:
     artifact: Artifact
     parity: float
     measured: str
+    structure: str | None
 
 
 def judge(
@@ -112,7 +114,8 @@ def judge(
     with clock("export"), host_lock("export"):
         artifact = export_model(model, bench.task, bench.device, folder)
         parity = check_parity(model, artifact, bench.task)
-        same = timed.structure is not None and structure_digest(artifact) == timed.structure
+        structure = structure_digest(artifact)
+        same = structure is not None and structure == timed.structure
         narrow = bench.device.precision != "fp32"
         accuracy = bench.task.evaluate(open_artifact(artifact, bench.device.threads)) if narrow else None
     comparison = timed.comparison
@@ -128,6 +131,7 @@ def judge(
         artifact=artifact,
         parity=parity,
         measured="before recovery, same structure" if same else "as shipped",
+        structure=structure,
     )
 
 

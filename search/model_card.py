@@ -7,6 +7,7 @@ runtimes alone and is meant to be copied.
 from __future__ import annotations
 
 import ast
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ def model_card(metrics: Mapping[str, Any], metadata: Mapping[str, str], plan: Pr
 
     Args:
         metrics: the content of metrics.json.
-        metadata: what the exported file carries: `task`, `names`, for a classifier `mean` and `std`.
+        metadata: what the exported file carries: `task`, `names`, for a classifier `mean`, `std` and
+            `resize`.
     """
     parts = [
         f"# {metrics['study']} for {metrics['device']}",
@@ -40,13 +42,35 @@ def _summary(metrics: Mapping[str, Any], metadata: Mapping[str, str], plan: Prun
     kind = {"detect": "detector", "classify": "classifier"}.get(metadata.get("task", ""), "network")
     if plan.is_empty:
         return f"The unpruned {kind}, {side} pixels, as trial {metrics['trial']} of the study measured it."
-    asked = metrics["asked"]
     return (
-        f"A {kind} for {side} pixels whose channels were pruned for this device (share removed "
-        f"{asked['ratio']:.3f} of {asked['ratio_of']}, β {asked['beta']:.3f}, kept widths in multiples of "
-        f"{asked['round_to']}) and which was then trained for "
-        f"{_many(metrics['finetune']['epochs'], 'epoch')}."
+        f"A {kind} for {side} pixels, made smaller for this device: {_what_went(metrics['asked'], plan)}. "
+        f"{_training(metrics)}"
     )
+
+
+def _what_went(asked: Mapping[str, Any], plan: PruningPlan) -> str:
+    parts, beta = [], f"β {asked['beta']:.3f}"
+    if plan.removed:
+        steps = f" in {asked['steps']} steps" if asked["steps"] > 1 else ""
+        parts.append(
+            f"channels were pruned{steps} (asked was a share of {asked['ratio']:.3f} of {asked['ratio_of']}, "
+            f"criterion {asked['criterion']}, {beta}, cost {asked['cost']}, allocation "
+            f"{asked['allocation']}, kept widths in multiples of {asked['round_to']})"
+        )
+    if plan.blocks:
+        parts.append(
+            f"{_many(len(plan.blocks), 'block')} went as a whole (asked was a share of {asked['depth']:.3f} "
+            f"of those that can, {beta})"
+        )
+    return " and ".join(parts)
+
+
+def _training(metrics: Mapping[str, Any]) -> str:
+    epochs = metrics["epochs_trained"]
+    trained = f"trained for {_many(epochs, 'epoch')}" if epochs else "not trained"
+    if metrics["asked"]["recovery"] == "scratch":
+        return f"All weights were then drawn at random and {trained}: nothing of the original's is left."
+    return f"What was left was then {trained}."
 
 
 def _numbers(metrics: Mapping[str, Any]) -> str:
@@ -112,15 +136,21 @@ def _snippets(metrics: Mapping[str, Any], metadata: Mapping[str, str]) -> list[s
         )
     if "model.pt" in files and not detects:
         found.append(
-            "`model.pt` is a state dict with the narrowed layers' shapes; `objectives.builder.load_pruned("
-            "network, path)` of paretoprune loads it into the unpruned network."
+            "`model.pt` is a state dict with the narrowed layers' shapes; "
+            f'`load_pruned(network, Path("model.pt"){_blocks(metrics)})` of paretoprune\'s '
+            "`objectives.builder` loads it into the unpruned network."
         )
     return found
 
 
+def _blocks(metrics: Mapping[str, Any]) -> str:
+    """The argument without which a state dict with blocks missing does not fit."""
+    return f", blocks={json.dumps(metrics['blocks'])}" if metrics["blocks"] else ""
+
+
 def _onnx(metrics: Mapping[str, Any], metadata: Mapping[str, str], detects: bool) -> str:
     """Code that predicts on one image with NumPy, Pillow and ONNX Runtime alone."""
-    side = metrics["input_shape"][-1]
+    height, side = metrics["input_shape"][2:]
     lines = [
         "import numpy as np",
         "import onnxruntime",
@@ -152,8 +182,18 @@ def _onnx(metrics: Mapping[str, Any], metadata: Mapping[str, str], detects: bool
                 "        print(int(score.argmax()), round(float(score.max()), 3), found)",
             ]
     else:
+        if metadata.get("resize") == "crop":
+            lines += [
+                f"scale = {side} / min(image.size)  # the shorter side fits, what the longer has more is cut",
+                f"size = [max({side}, round(n * scale)) for n in image.size]",
+                f"left, top = [(n - {side}) // 2 for n in size]",
+                "image = image.resize(size, Image.Resampling.BILINEAR)",
+                f"image = image.crop((left, top, left + {side}, top + {side}))",
+            ]
+        else:
+            lines.append(f"image = image.resize(({side}, {height}), Image.Resampling.BILINEAR)")
         lines += [
-            f"pixels = np.asarray(image.resize(({side}, {side})), np.float32) / 255",
+            "pixels = np.asarray(image, np.float32) / 255",
             f"pixels = (pixels - np.float32({metadata.get('mean')})) / np.float32({metadata.get('std')})",
             "pixels = pixels.transpose(2, 0, 1)[None]",
             "logits = session.run(None, {session.get_inputs()[0].name: pixels})[0][0]",
@@ -222,7 +262,7 @@ def _provenance(metrics: Mapping[str, Any]) -> str:
     return (
         f"## Where it comes from\n\n| | |\n| --- | --- |\n{table}\n\n"
         f"| file | sha256 |\n| --- | --- |\n{files}\n\n"
-        "`plan.json` says which channels went, `metrics.json` holds every number of this page."
+        "`plan.json` says which channels and blocks went, `metrics.json` holds every number of this page."
     )
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from .bench import Shop
-from .export import export_best, restore, trial_folder
+from .export import check_conditions, export_best, restore, trial_folder
 from .found import Found, fronts_of
 from .launch import launch
 from .progress import ConsoleProgress
@@ -150,11 +150,13 @@ class Study:
 
         Raises:
             NoSuchPointError: no point of the front is within the limits.
-            SearchError: there is no front yet, or the trial's files cannot be had.
+            SearchError: there is no front yet, the study file is not what the trial ran under, or the trial's
+                files cannot be had.
         """
         found = self._found(device)[device]
         chosen = found.front.choose(max_latency_ms=max_latency_ms, min_accuracy=min_accuracy, trial=trial)
         shop = self._shop
+        check_conditions(shop, found)
         model, _ = restore(shop, trial_folder(self.file, found, chosen, shop.notice), chosen)
         if isinstance(self.file.model, ModelSection):
             return model

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from profiles.artifact import Artifact
 from profiles.measure import compare
 from profiles.runner.files import model_digest
 
 from .bench import Shop
-from .export import read_metrics
-from .found import MODEL_SUFFIXES
+from .exported import read_metrics
 from .study import SearchError
 from .studyfile import StudyFile
 from .workspace import Workspace
-
-_SUFFIX = {"onnxruntime": ".onnx", "torch": ".pt2", "openvino": ".xml", "ncnn": ".param"}
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,23 @@ class Remeasured:
         """Whether the two 95% intervals meet."""
         return self.ci_ms[0] <= self.recorded_ci_ms[1] and self.recorded_ci_ms[0] <= self.ci_ms[1]
 
+    @property
+    def inside(self) -> bool:
+        """Whether the new median lies within the recorded interval: more than `agrees` asks, and more than a
+        noisy machine can always give.
+        """
+        return self.recorded_ci_ms[0] <= self.latency_ms <= self.recorded_ci_ms[1]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "latency_ms": self.latency_ms,
+            "latency_ci_ms": list(self.ci_ms),
+            "recorded_ms": self.recorded_ms,
+            "recorded_ci_ms": list(self.recorded_ci_ms),
+            "inside": self.inside,
+            "agrees": self.agrees,
+        }
+
 
 def remeasure(
     study: StudyFile, device: str, folder: Path, *, notice: Callable[[str], None] = print
@@ -49,7 +64,7 @@ def remeasure(
     """Measure an exported folder's file on the device, in turns with the study's unpruned model.
 
     Raises:
-        SearchError: the device is another one than the recorded one, or the folder holds no file for it.
+        SearchError: the device is another one than the recorded one.
         ValueError: a file is not the recorded one.
         DeviceError: the device is gone.
     """
@@ -59,13 +74,10 @@ def remeasure(
             f"the latency of {folder.name} was recorded on {metrics['fingerprint']}, and {device} is "
             f"{target.fingerprint}; numbers of different devices do not compare"
         )
-    paths = [p for p in folder.glob(f"model*{_SUFFIX[target.runtime]}") if p.suffix in MODEL_SUFFIXES]
-    if not paths:
-        raise SearchError(
-            f"{folder.name} must hold a file for {target.runtime}, and has none; export it again"
-        )
+    # The first is the device's own; what `--also` added comes behind it.
+    path = folder / next(iter(metrics["artifacts"]))
     shape = tuple(metrics["input_shape"])
-    artifact = Artifact(paths[0], target.runtime, target.precision, shape, model_digest(paths[0]), ())
+    artifact = Artifact(path, target.runtime, target.precision, shape, model_digest(path), ())
     shop = Shop(study, Workspace(study.folder), notice=notice)
     section = study.measure
     done = compare(target, artifact, shop.baseline(target), target=section.target, limit_s=section.limit_s)
@@ -80,6 +92,8 @@ def remeasure(
     now, then = result.ci_ms, result.recorded_ci_ms
     notice(
         f"measured again: {result.latency_ms:.2f} ms ({now[0]:.2f} to {now[1]:.2f}), "
-        f"recorded {result.recorded_ms:.2f} ms ({then[0]:.2f} to {then[1]:.2f})"
+        f"recorded {result.recorded_ms:.2f} ms ({then[0]:.2f} to {then[1]:.2f}); it lies "
+        f"{'inside' if result.inside else 'outside'} the recorded interval, and the two "
+        f"{'meet' if result.agrees else 'do not meet'}"
     )
     return result

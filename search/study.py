@@ -12,8 +12,8 @@ import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
@@ -31,6 +31,10 @@ from .trial import Bench
 from .turns import Finished, Waiting, turns
 from .uri import redact
 from .workspace import Workspace, read_result
+
+if TYPE_CHECKING:
+    from objectives.task import Task
+    from profiles.device import Device
 
 _RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
 _POINTS = "first-points"
@@ -148,13 +152,11 @@ class DeviceStudy:
         """Make sure that new results compare with those that are there.
 
         Raises:
-            SearchError: the study was begun with another model, other data, other training or on another
-                machine.
+            SearchError: the study was begun with another model, other data, other training, other settings of
+                the device or on another machine.
         """
         conditions = {
-            "model": bench.task.model_key,
-            "data": bench.task.data_key,
-            "input_shape": list(bench.task.input_shape),
+            **conditions_of(bench.task, bench.device),
             "finetune": self.file.finetune.model_dump(mode="json", exclude={"device"}),
             "fingerprint": bench.fingerprint,
         }
@@ -163,13 +165,19 @@ class DeviceStudy:
             if known is None:
                 self.optuna.set_user_attr(_IDENTITY, conditions)
                 return
-        changed = [key for key in conditions if known.get(key) != conditions[key]]
-        if changed:
-            what = "; ".join(f"{k} was {brief(known.get(k))}, is {brief(conditions[k])}" for k in changed)
+        what = changed(known, conditions)
+        if what:
             raise SearchError(
                 f"study {self.file.name} on {self.device} was begun under other conditions ({what}), and "
                 "its numbers would not compare; give the study another name, or another --dir"
             )
+
+    @property
+    def conditions(self) -> Mapping[str, Any]:
+        """What the study was begun under, see `claim`; empty before that."""
+        with self._answering():
+            known: Mapping[str, Any] = self.optuna.user_attrs.get(_IDENTITY) or {}
+        return known
 
     # -- asking
 
@@ -440,6 +448,26 @@ class DeviceStudy:
             self._watch = Watch()  # nobody could show a sign of life meanwhile
             lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
             raise StorageAwayError(f"the storage does not answer: {redact(lines[0])}") from error
+
+
+def conditions_of(task: Task, device: Device) -> dict[str, Any]:
+    """What every number of a device's study depends on, besides the training and the machine."""
+    return {
+        "model": task.model_key,
+        "data": task.data_key,
+        "input_shape": list(task.input_shape),
+        # Not its address: one machine has several, and the fingerprint tells machines apart.
+        "device": replace(device, host=None).to_json(),
+    }
+
+
+def changed(known: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
+    """What differs, in words; what is not on record, as in a study of an earlier version, is not compared."""
+    return "; ".join(
+        f"{key} was {brief(known[key])}, is {brief(now)}"
+        for key, now in conditions.items()
+        if key in known and known[key] != now
+    )
 
 
 def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.BaseStorage:

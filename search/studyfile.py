@@ -31,6 +31,7 @@ from .sections import (
     StoppingSection,
     Word,
 )
+from .uri import redact, without_paths
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -67,6 +68,7 @@ class StudyFile(Section):
     tracking_uri: Word | None = None
     source: Path = Field(default=Path(), exclude=True)
     folder: Path = Field(default=Path(), exclude=True)
+    overrides: tuple[str, ...] = Field(default=(), exclude=True)
 
     @field_validator("name")
     @classmethod
@@ -108,6 +110,12 @@ class StudyFile(Section):
                 return section
         have = ", ".join(d.name for d in self.devices)
         raise StudyFileError(self.source.name, [f"--device must be one of {have}, got {name!r}"])
+
+    @property
+    def set_words(self) -> list[str]:
+        """The overrides that this study was loaded with, as a command's words, without secrets and paths."""
+        addresses = [a for a in (self.storage, self.tracking_uri) if a]
+        return [w for text in self.overrides for w in ("--set", without_paths(redact(text, *addresses)))]
 
     def limits_of(self, device: str) -> Limits:
         """The study's limits, each replaced where the device has its own."""
@@ -172,6 +180,7 @@ def load_study_file(
             "references": references,
             "data": str(_resolve(study.data, root)),
             "source": path.resolve(),
+            "overrides": tuple(overrides),
             "folder": (folder or root / "runs" / study.name).resolve(),
             "storage": study.storage or os.environ.get("OPTUNA_STORAGE") or None,
             "tracking_uri": study.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or None,

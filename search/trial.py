@@ -324,7 +324,7 @@ def _result(
         "blocks": list(plan.blocks),
     }
     if verdict:
-        details |= {"parity": verdict.parity, "measured": verdict.measured}
+        details |= {"parity": verdict.parity, "measured": verdict.measured, "structure": verdict.structure}
         details["size_mb"] = size_mb(verdict.artifact)
     if comparison:
         details |= _comparison_details(comparison, plan.is_empty)

@@ -17,11 +17,16 @@ from ..uri import redact
 from .store import TrackingError
 
 if TYPE_CHECKING:
+    from mlflow.entities.model_registry import ModelVersion
     from mlflow.tracking import MlflowClient
 
 CHAMPION, PREVIOUS = "champion", "previous"
 _IDENTITY = "paretoprune.identity"
 _DESCRIPTION_CHARACTERS = 4900  # MLflow takes 5000
+_DIGEST_CHARACTERS = 12
+#: How MLflow says that a model is not there, and that an alias is not: of an existing model's unknown alias
+#: its stores say that the parameter is invalid.
+_NO_MODEL, _NO_ALIAS = "RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,19 @@ class Registered:
     version: str
     previous: str | None
     is_new: bool
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A version that was downloaded.
+
+    Attributes:
+        is_whole: whether its files, every one of them, are those that were registered.
+    """
+
+    version: str
+    folder: Path
+    is_whole: bool
 
 
 def register_model(
@@ -60,11 +78,13 @@ def register_model(
     from mlflow.exceptions import MlflowException
 
     # By content: a version's files must not change when the same trial is exported again with other ones.
-    place = f"export/{_content(folder)[:12]}"
+    place = f"export/{_content(folder)}"
     try:
         try:
             client.get_registered_model(name)
-        except MlflowException:
+        except MlflowException as error:
+            if error.error_code != _NO_MODEL:
+                raise
             study, _, device = name.rpartition(".")
             client.create_registered_model(
                 name, tags={"study": study, "device": device}, description=f"Pruned models for {device}"
@@ -90,24 +110,25 @@ def register_model(
     return Registered(name, str(version), before, is_new=True)
 
 
-def fetch_model(client: MlflowClient, name: str, alias: str, scratch: Path) -> tuple[str, Path]:
+def fetch_model(client: MlflowClient, name: str, alias: str, scratch: Path) -> Fetched:
     """Download the version that has an alias into a folder inside `scratch`.
 
-    Returns:
-        The version and the folder.
-
     Raises:
-        TrackingError: there is no such model or alias, or its files cannot be had.
+        TrackingError: there is no such model or alias, MLflow refuses, or its files cannot be had.
     """
     from mlflow.exceptions import MlflowException
 
     try:
-        version = client.get_model_version_by_alias(name, alias)
-    except MlflowException:
+        version = _aliased(client, name, alias)
+    except MlflowException as error:
+        raise TrackingError(
+            f"the registry cannot be asked for {name} with the alias {alias}: {redact(first_line(error))}"
+        ) from None
+    if version is None:
         raise TrackingError(
             f"the registry must hold {name} with the alias {alias}, and does not; put it there with "
             "paretoprune export --register, from a machine with the study's files"
-        ) from None
+        )
     source = str(version.source)
     run_id, _, place = source.removeprefix("runs:/").partition("/")
     if not source.startswith("runs:/") or not place:
@@ -120,25 +141,37 @@ def fetch_model(client: MlflowClient, name: str, alias: str, scratch: Path) -> t
             f"{redact(first_line(error))}"
         ) from None
     (folder / "MLmodel").unlink(missing_ok=True)  # only for those who load it through MLflow
-    return str(version.version), folder
+    return Fetched(str(version.version), folder, _content(folder) == place.rpartition("/")[2])
 
 
-def _version(client: MlflowClient, name: str, alias: str) -> str | None:
+def _aliased(client: MlflowClient, name: str, alias: str) -> ModelVersion | None:
+    """The version with an alias, None where there is none.
+
+    Raises:
+        MlflowException: MLflow could not tell.
+    """
     from mlflow.exceptions import MlflowException
 
     try:
-        return str(client.get_model_version_by_alias(name, alias).version)
-    except MlflowException:
-        return None
+        return client.get_model_version_by_alias(name, alias)
+    except MlflowException as error:
+        if error.error_code in (_NO_MODEL, _NO_ALIAS):
+            return None
+        raise
+
+
+def _version(client: MlflowClient, name: str, alias: str) -> str | None:
+    found = _aliased(client, name, alias)
+    return None if found is None else str(found.version)
 
 
 def _content(folder: Path) -> str:
-    """sha256 over names and contents of a folder's files."""
+    """The start of a sha256 over names and contents of a folder's files."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         data = path.read_bytes()
         digest.update(f"{path.relative_to(folder).as_posix()}\0{len(data)}\0".encode() + data)
-    return digest.hexdigest()
+    return digest.hexdigest()[:_DIGEST_CHARACTERS]
 
 
 def _log_flavour(client: MlflowClient, run_id: str, place: str) -> None:

@@ -244,6 +244,10 @@ def test_an_artifact_of_another_accuracy_is_not_exported(
             ["export", "study.yaml", "--device", "ort", "--also", "tensorflow"],
             "--also: 1 fault must be one of torch, onnxruntime, openvino, ncnn, got tensorflow",
         ),
+        (
+            ["export", "study.yaml", "--device", "ort", "--alias", "previous"],
+            "--alias: 1 fault names a registered model, so 'previous' needs --from-registry",
+        ),
         (["nonsense"], "No such command 'nonsense'"),
         (["search"], "Missing argument"),
     ],

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import pickletools
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,12 +21,22 @@ import pytest
 import yaml
 from PIL import Image
 
+import search.cli
+import search.export
+import search.remeasure
+from objectives.detection import DetectionTask
+from profiles.artifact import Artifact
+from profiles.lock import host_lock
+from profiles.structure import structure_digest
 from search.champion import fetch_export, register_export
-from search.export import export_best, read_metrics, sha256
+from search.export import export_best, latency_interval_ms
+from search.exported import read_metrics, sha256
 from search.found import fronts_of
+from search.notebook import Study
 from search.plan import PruningPlan
 from search.recorder import open_tracker
 from search.remeasure import Remeasured, remeasure
+from search.result import TrialParams, TrialResult
 from search.review import write_study_report
 from search.study import SearchError
 from search.studyfile import StudyFile, load_study_file
@@ -188,6 +200,87 @@ def test_a_trial_of_another_machine_is_fetched_from_mlflow(study: StudyFile, tmp
         (tmp_path / "away").rename(folder)
 
 
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("devices.desk.threads=2", "device was .*'threads': 1.*, is .*'threads': 2"),
+        ("imgsz=96", r"input_shape was \[1, 3, 64, 64\], is \[1, 3, 96, 96\]"),
+    ],
+)
+def test_another_study_file_than_the_searchs_is_refused(
+    searched: Any, setting: str, says: str, tmp_path: Path
+) -> None:
+    changed = load_study_file(searched.study, [setting])
+    with pytest.raises(SearchError, match=says):
+        export_best(changed, "desk", out=tmp_path / "out", notice=lambda _: None)
+    key, _, value = setting.partition("=")
+    with pytest.raises(SearchError, match=says):
+        Study(searched.study, {key: value}).best("desk")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_card_tells_the_searchs_training_and_how_it_was_exported(
+    searched: Any, study: StudyFile, secret: str, tmp_path: Path
+) -> None:
+    overrides = ["finetune.epochs=9", "references=[]", f"tracking_uri={searched.tracking_uri}"]
+    trial = fronts_of(study, ["desk"])["desk"].front.points[0].trial
+    out = export_best(
+        load_study_file(searched.study, overrides), "desk", trial=trial, out=tmp_path, notice=lambda _: None
+    )
+    metrics, card = read_metrics(out), (out / "MODEL_CARD.md").read_text()
+    assert metrics["finetune"]["epochs"] == metrics["epochs_trained"] == 1
+    assert "trained for 1 epoch." in card
+    assert "9 epoch" not in card
+    words = shlex.split(metrics["command"])
+    assert words[:3] == ["paretoprune", "export", "study.yaml"]
+    assert words[-4:] == ["--device", "desk", "--trial", str(trial)]
+    assert [w for before, w in itertools.pairwise(words) if before == "--set"][:2] == overrides[:2]
+    assert secret not in (out / "metrics.json").read_text() + card
+
+
+def test_nothing_is_measured_meanwhile(
+    study: StudyFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def watch(owner: Any, name: str) -> None:
+        plain = getattr(owner, name)
+
+        def watched(*args: Any, **options: Any) -> Any:
+            # A process that may be busy is told so where it would measure itself.
+            with pytest.raises(RuntimeError, match="cannot measure while"), host_lock("measure"):
+                pass
+            seen.append(name)
+            return plain(*args, **options)
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for owner, name in (
+        (search.export, "export_model"),
+        (search.export, "export_artifact"),
+        (search.export, "check_parity"),
+        (DetectionTask, "evaluate"),
+    ):
+        watch(owner, name)
+    export_best(study, "desk", out=tmp_path / "out", also=["torch"], notice=lambda _: None)
+    assert set(seen) == {"export_model", "export_artifact", "check_parity", "evaluate"}
+
+
+def test_what_ships_has_the_structure_of_what_was_measured(
+    study: StudyFile, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = fronts_of(study, ["desk"])["desk"].front.points[0]
+    file = Artifact(exported / "model.onnx", "onnxruntime", "fp32", (1, 3, 64, 64), "", ())
+    assert chosen.details["structure"] == structure_digest(file)
+    monkeypatch.setattr(search.export, "structure_digest", lambda artifact: "another")
+    with pytest.raises(SearchError, match=r"model\.onnx must have the structure of the file that trial"):
+        export_best(study, "desk", trial=chosen.trial, out=tmp_path / "out", notice=lambda _: None)
+    assert not (tmp_path / "out").exists()
+    # A trial of an earlier version says nothing of it.
+    unknown = TrialResult.failed(1, "desk", "", TrialParams(), "made up")
+    search.export.check_structure(file, unknown)
+
+
 def test_an_exported_file_is_measured_again(study: StudyFile, exported: Path, tmp_path: Path) -> None:
     from profiles.connection import close_connections
 
@@ -198,10 +291,51 @@ def test_an_exported_file_is_measured_again(study: StudyFile, exported: Path, tm
     assert again.ci_ms[0] <= again.latency_ms <= again.ci_ms[1]
     apart = Remeasured(1.0, (0.9, 1.1), 2.0, (1.8, 2.2))
     assert not apart.agrees
-    assert Remeasured(1.9, (1.7, 2.1), 2.0, (1.8, 2.2)).agrees
+    assert not apart.inside
+    near = Remeasured(1.9, (1.7, 2.1), 2.0, (1.8, 2.2))
+    assert near.agrees
+    assert near.inside
+    beside = Remeasured(1.7, (1.5, 1.9), 2.0, (1.8, 2.2))
+    assert beside.agrees
+    assert not beside.inside
     with pytest.raises(SearchError, match="numbers of different devices do not compare"):
         remeasure(study, "desk-torch", exported, notice=lambda _: None)
     close_connections()
+
+
+def test_the_measured_file_is_the_one_that_the_metrics_name(
+    study: StudyFile, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a runtime calls its files."""
+    from profiles.connection import close_connections
+
+    class AskedError(Exception):
+        pass
+
+    def compare(device: Any, candidate: Artifact, baseline: Artifact, **_: Any) -> Any:
+        raise AskedError(candidate.path.name)
+
+    folder = tmp_path / "renamed"
+    shutil.copytree(exported, folder)
+    (folder / "model.onnx").rename(folder / "model.mine")
+    text = (folder / "metrics.json").read_text().replace('"model.onnx"', '"model.mine"')
+    (folder / "metrics.json").write_text(text)
+    monkeypatch.setattr(search.remeasure, "compare", compare)
+    with pytest.raises(AskedError, match=r"model\.mine"):
+        remeasure(study, "desk", folder, notice=lambda _: None)
+    close_connections()
+
+
+def test_the_unpruned_models_interval_is_that_of_two_copies() -> None:
+    numbers: dict[str, Any] = {
+        "accuracy": 0.5, "latency_ms": 10.0, "latency_p90_ms": 11.0, "speedup": 1.0, "speedup_ci": (1.0, 1.0),
+    }  # fmt: skip
+    result = TrialResult(0, "desk", "print", TrialParams(), "complete", **numbers)
+    assert latency_interval_ms(result) == [10.0, 10.0]  # of an earlier version
+    for ratio, interval in (((0.99, 1.02), [9.9, 10.2]), ((1.01, 1.03), [10.0, 10.3])):
+        copies = {"copies_ratio_ci": list(ratio)}
+        measured = TrialResult(0, "desk", "print", TrialParams(), "complete", **numbers, details=copies)
+        assert latency_interval_ms(measured) == pytest.approx(interval)
 
 
 # -- the registry
@@ -266,6 +400,83 @@ np.save("outputs.npy", plain)
     assert np.allclose(
         session.run(None, {session.get_inputs()[0].name: pixels})[0], np.load(away / "outputs.npy")
     )
+
+
+def test_a_registered_model_is_fetched_by_alias_and_measured(
+    study: StudyFile,
+    exported: Path,
+    searched: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    from profiles.connection import close_connections
+
+    register_export(study, "desk", exported)
+    words = ["export", str(searched.study), "--device", "desk", "--from-registry", "--alias", "champion"]
+    words += ["--measure", "--json", "--out", str(tmp_path / "fetched")]
+    monkeypatch.setattr(sys, "argv", ["paretoprune", *words])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        search.cli.main()
+    close_connections()
+    document = json.loads(capfd.readouterr().out)
+    again = document["remeasured"]
+    assert document["trial"] == read_metrics(exported)["trial"]
+    assert again["recorded_ms"] == document["latency_ms"]
+    assert again["recorded_ci_ms"] == document["latency_ci_ms"]
+    (low, high), (now_low, now_high) = again["recorded_ci_ms"], again["latency_ci_ms"]
+    assert now_low <= again["latency_ms"] <= now_high
+    assert again["inside"] == (low <= again["latency_ms"] <= high)
+    assert again["agrees"] == (now_low <= high and low <= now_high)
+    assert (stop.value.code or 0) == (0 if again["agrees"] else 1)
+
+
+@pytest.mark.parametrize("name", ["MODEL_CARD.md", "metrics.json", "model.onnx"])
+def test_what_is_not_as_registered_is_not_fetched(
+    study: StudyFile, exported: Path, name: str, tmp_path: Path
+) -> None:
+    register_export(study, "desk", exported)
+    client = open_tracker(study).client()
+    source = client.get_model_version_by_alias("tiny.desk", "champion").source
+    run_id, _, place = source.removeprefix("runs:/").partition("/")
+    edited = tmp_path / "edited"
+    edited.mkdir()
+    (edited / name).write_bytes((exported / name).read_bytes() + b"\n")
+    client.log_artifacts(run_id, str(edited), place)
+    try:
+        with pytest.raises(SearchError, match=f"is damaged: .*{re.escape(name)}"):
+            fetch_export(study, "desk", out=tmp_path / "out", notice=lambda _: None)
+        assert not (tmp_path / "out").exists()
+    finally:
+        client.log_artifacts(run_id, str(exported), place)
+    assert fetch_export(study, "desk", out=tmp_path / "out", notice=lambda _: None).is_dir()
+
+
+def test_a_registry_that_does_not_answer_is_not_taken_for_an_empty_one(
+    study: StudyFile, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    register_export(study, "desk", exported)
+    client = open_tracker(study).client()
+    before = client.get_model_version_by_alias("tiny.desk", "champion").version
+    versions = len(client.search_model_versions("name='tiny.desk'"))
+
+    def away(self: Any, name: str, alias: str) -> Any:
+        raise MlflowException("the database is locked")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MlflowClient, "get_model_version_by_alias", away)
+        with pytest.raises(TrackingError, match=r"cannot be registered: .*the database is locked"):
+            register_export(study, "desk", exported)
+        with pytest.raises(TrackingError, match=r"cannot be asked .*the database is locked"):
+            fetch_export(study, "desk", out=tmp_path / "out", notice=lambda _: None)
+    assert client.get_model_version_by_alias("tiny.desk", "champion").version == before
+    assert len(client.search_model_versions("name='tiny.desk'")) == versions
+    with pytest.raises(TrackingError, match=r"must hold tiny\.desk with the alias nobody"):
+        fetch_export(study, "desk", alias="nobody", out=tmp_path / "out", notice=lambda _: None)
 
 
 # -- what leaves

@@ -610,6 +610,31 @@ def test_other_training_is_refused_and_another_training_device_is_not(study: Stu
         go(other, trials=3)
 
 
+def test_other_device_settings_are_refused_and_another_address_is_not(study: StudyFile) -> None:
+    def on(**settings: Any) -> StudyFile:
+        devices = [{"name": name, "runtime": "onnxruntime", **settings} for name in DEVICES]
+        return make_study(study.source.parent, devices=devices)
+
+    go(study, trials=1)
+    go(on(host="ssh://somebody@elsewhere"), trials=2)
+    with pytest.raises(SearchError, match=r"device was .*'threads': 1.*, is .*'threads': 2"):
+        go(on(threads=2), trials=3)
+    assert len(results(study)) == 3
+
+
+def test_what_an_earlier_version_did_not_record_is_not_compared(study: StudyFile) -> None:
+    go(study, trials=1)
+    workspace = Workspace(study.folder)
+    found = DeviceStudy.existing(study, "first", open_storage(study, workspace), workspace)
+    assert found is not None
+    assert found.conditions["device"]["threads"] == 1
+    kept = {key: value for key, value in found.conditions.items() if key != "device"}
+    found.optuna.set_user_attr("identity", kept)
+    go(study, trials=2)
+    with pytest.raises(SearchError, match="model was model, is another"):
+        go(study, trials=3, model_key="another")
+
+
 # ---- stopped trials ------------------------------------------------------------------------------
 
 

@@ -383,3 +383,16 @@ def test_the_message_counts_and_lists(load: Any) -> None:
 def test_an_unknown_device_is_named_with_those_there_are(load: Any) -> None:
     with pytest.raises(StudyFileError, match="--device must be one of first, second, got 'third'"):
         load().device("third")
+
+
+def test_overrides_are_kept_as_words_without_secrets_and_paths(tmp_path: Path) -> None:
+    (tmp_path / "model.pt").touch()
+    (tmp_path / "data.yaml").touch()
+    path = tmp_path / "study.yaml"
+    path.write_text("{name: kept, model: model.pt, data: data.yaml, devices: [{name: d, runtime: torch}]}")
+    overrides = ["search.beta=0.5", "storage=postgresql://me:hunter2@db/x", f"data={tmp_path / 'data.yaml'}"]
+    study = load_study_file(path, overrides)
+    shown = ["search.beta=0.5", "storage=postgresql://***@db/x", "data=data.yaml"]
+    assert study.set_words == [word for text in shown for word in ("--set", text)]
+    assert "overrides" not in study.model_dump()
+    assert load_study_file(path).set_words == []

@@ -424,6 +424,7 @@ def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path)
     assert [told[f"epoch {n}"] for n in range(3)] == [[a] for a in result.epochs]  # one more, as granted
     assert result.accuracy == max(result.epochs)
     assert result.details["measured"] == "before recovery, same structure"
+    assert len(result.details["structure"]) == 64
 
 
 def test_a_file_of_another_structure_is_measured_itself(
