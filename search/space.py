@@ -41,6 +41,11 @@ def searched_space(search: SearchSection) -> dict[str, BaseDistribution]:
     return space
 
 
+def searched_keys(search: SearchSection) -> dict[str, Any]:
+    """Searched key to its choices, None for a range, whose ends may move in the course of a study."""
+    return {key: list(getattr(d, "choices", ())) or None for key, d in searched_space(search).items()}
+
+
 def stored_space(search: SearchSection) -> dict[str, BaseDistribution]:
     """What trials are stored with: `searched_space` widened to hold the unpruned model."""
     return {key: widened(key, distribution) for key, distribution in searched_space(search).items()}

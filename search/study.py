@@ -25,7 +25,7 @@ from .heartbeat import Watch, identity, is_gone
 from .limits import excess_of
 from .result import TrialParams, TrialResult, brief
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .space import params_at, searched_space, suggest, unpruned, unpruned_point
+from .space import params_at, searched_keys, searched_space, suggest, unpruned, unpruned_point
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
@@ -159,6 +159,8 @@ class DeviceStudy:
             **conditions_of(bench.task, bench.device),
             "finetune": self.file.finetune.model_dump(mode="json", exclude={"device"}),
             "fingerprint": bench.fingerprint,
+            # Samplers cannot learn from trials that lack a key, and the storage takes no other choices.
+            "searched keys": searched_keys(self.file.search),
         }
         with self._answering(), self._turn():
             known = self.optuna.user_attrs.get(_IDENTITY)

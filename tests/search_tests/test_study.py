@@ -760,6 +760,18 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     assert len(first_points(short, "first", bench)) == 2  # no more than is going to be run
 
 
+@pytest.mark.parametrize(
+    "section", [{"depth": {"low": 0.0, "high": 0.5}}, {"beta": 0.5}, {"criterion": {"choices": ["taylor", "l1"]}}]
+)
+def test_other_searched_keys_are_refused_and_a_wider_range_is_not(
+    tmp_path: Path, section: dict[str, Any]
+) -> None:
+    go(make_study(tmp_path, search={"sampler": "gp"}), trials=1)
+    assert go(make_study(tmp_path, search={"ratio": {"low": 0.2, "high": 0.9}}), trials=2).begun
+    with pytest.raises(SearchError, match="searched keys was"):
+        go(make_study(tmp_path, search=section), trials=3)
+
+
 def test_one_plan_trained_back_in_two_ways_is_two_trials(study: StudyFile) -> None:
     go(study, trials=1)
     device_study = DeviceStudy(
