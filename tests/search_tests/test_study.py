@@ -761,7 +761,8 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "section", [{"depth": {"low": 0.0, "high": 0.5}}, {"beta": 0.5}, {"criterion": {"choices": ["taylor", "l1"]}}]
+    "section",
+    [{"depth": {"low": 0.0, "high": 0.5}}, {"beta": 0.5}, {"criterion": {"choices": ["taylor", "l1"]}}],
 )
 def test_other_searched_keys_are_refused_and_a_wider_range_is_not(
     tmp_path: Path, section: dict[str, Any]
