@@ -118,7 +118,13 @@ def record_front(study: StudyFile, shop: Shop, tracker: Tracker, found: Found) -
             files[f"figures/{name}.json"] = path
         files |= {f"figures/{name}.png": path for name, path in write_pngs(drawn, folder).items()}
         shown = [r.to_json(found.front.baseline) for r in found.references]
-        tracker.log_front(found.front, files, references=shown, hypervolumes=hypervolumes(found))
+        tracker.log_front(
+            found.front,
+            files,
+            references=shown,
+            step=len(found.results),
+            hypervolumes=hypervolumes(found),
+        )
 
 
 def hypervolumes(found: Found) -> dict[int, float]:

@@ -254,6 +254,7 @@ def test_trials_are_counted_without_the_unpruned_model_and_devices_take_turns(st
     for device in DEVICES:
         assert [r.trial for r in results(study, device)] == [0, 1, 2, 3]
         assert results(study, device)[0].asked == TrialParams(round_to=4)  # the unpruned model
+        assert watcher.fronts[device] == ParetoFront.of(results(study, device))
 
 
 def test_a_second_search_goes_on_to_the_wanted_number(study: StudyFile) -> None:
@@ -404,7 +405,7 @@ def test_a_full_disk_ends_the_trial_with_its_reason(
 
     trial(run)
     watcher = Watcher()
-    monkeypatch.setattr(watcher, "record", lambda result, folder: watcher.recorded.append(result.state))
+    monkeypatch.setattr(watcher, "record", lambda result, *_: watcher.recorded.append(result.state))
     shop: Any = StandInShop(study)
     run_search(study, shop, ["first"], trials=4, timeout_s=None, progress=watcher, recorder=watcher)
     assert watcher.recorded == ["complete", "complete", "failed", "complete", "complete"]
