@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +124,14 @@ def test_search_front_and_export(run: Run, folder: Path, shapes: Any, tmp_path: 
         assert point["run_id"]
     assert "<html" in (tmp_path / "front.html").read_text()[:2000].lower()
 
+    # A device that was not searched yet is named, in the terminal and on the page.
+    both = "devices=[{name: ort, runtime: onnxruntime}, {name: later, runtime: torch}]"
+    more = run("front", "study.yaml", "--json", "--set", both, "--html", tmp_path / "both.html")
+    assert more.code == 0, more.err
+    assert list(more.document["devices"]) == ["ort"]
+    assert "no front yet, the unpruned model is not measured: later" in more.err
+    assert "No front yet, the unpruned model is not measured: later" in (tmp_path / "both.html").read_text()
+
     # A pruned point, whether or not it is the knee.
     pruned = [p["trial"] for p in entry["points"] if p["trial"] > 0]
     if not pruned:
@@ -206,6 +219,40 @@ def test_an_artifact_of_another_accuracy_is_not_exported(
         answer.err.split()
     )
     assert not (folder / "runs" / "tiny" / "exports" / "ort").exists()
+
+
+def test_ui_serves_the_studys_own_store(folder: Path) -> None:
+    """Really started, as users do it, on the SQLite store that a search left."""
+    if not (folder / "runs" / "tiny" / "mlflow.db").exists():
+        pytest.skip("the search of this folder did not run")
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    script = Path(sys.executable).with_name("paretoprune")
+    with (folder / "ui.log").open("wb") as log:
+        # A session of its own: MLflow starts children, and all of them must go.
+        process = subprocess.Popen(
+            [script, "ui", "study.yaml", "--port", str(port)],
+            cwd=folder, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    query = f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow/experiments/get-by-name?experiment_name=tiny"
+    page, deadline = None, time.monotonic() + 120
+    try:
+        while page is None and process.poll() is None and time.monotonic() < deadline:
+            try:
+                with urllib.request.urlopen(query, timeout=20) as answer:
+                    experiment = json.load(answer)["experiment"]
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=20) as answer:
+                    page = answer.read().decode()
+            except OSError:
+                time.sleep(0.3)
+        assert page is not None, (folder / "ui.log").read_text()[-2000:]
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+    assert experiment["name"] == "tiny"
+    assert "MLflow" in page
+    assert f"http://127.0.0.1:{port}" in (folder / "ui.log").read_text()
 
 
 # ---- wrong input ---------------------------------------------------------------------------------
