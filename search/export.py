@@ -263,7 +263,7 @@ def metrics_json(
     """What was measured, on what, and how to make it again; without paths of this machine and secrets."""
     front: ParetoFront = found.front
     own = next(iter(checks.values()))
-    words = [*study_arguments(study), *study.set_words, "--device", result.device]
+    words = [*study_arguments(study), "--device", result.device]
     command = shlex.join(["paretoprune", "export", *words, "--trial", str(result.trial)])
     uri = study.tracking_uri or ""
     document: dict[str, Any] = publishable(

@@ -159,14 +159,15 @@ def write_pngs(drawn: Mapping[str, Figure], folder: Path) -> dict[str, Path]:
 
 
 def study_arguments(study: StudyFile) -> list[str]:
-    """How a command run in the study file's folder names this study, without a path of this machine; an
-    output folder outside that one is `DIR`, for the reader to fill in.
+    """How a command run in the study file's folder names this study, without a path of this machine: an
+    output folder outside that one is `DIR`, for the reader to fill in. Settings given with `--set` follow.
     """
     home = study.source.parent
     if study.folder == (home / "runs" / study.name).resolve():
-        return [study.source.name]
+        return [study.source.name, *study.set_words]
     inside = study.folder.is_relative_to(home)
-    return [study.source.name, "--dir", study.folder.relative_to(home).as_posix() if inside else "DIR"]
+    place = study.folder.relative_to(home).as_posix() if inside else "DIR"
+    return [study.source.name, "--dir", place, *study.set_words]
 
 
 def _profile(study: StudyFile, shop: Shop, found: Found) -> LatencyProfile | None:
