@@ -150,7 +150,8 @@ def measure(server: str, workers: int, seconds: float, rounds: int, sampler: str
     """One study by so many workers."""
     import psycopg
 
-    from search.study import DeviceStudy, open_storage
+    from search.storage import open_storage
+    from search.study import DeviceStudy
     from search.workspace import Workspace
 
     database = f"workers_{workers}_{time.time_ns()}"

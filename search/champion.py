@@ -12,7 +12,7 @@ from pathlib import Path
 
 from .exported import CARD, check_target, read_metrics, replace_folder
 from .recorder import open_tracker
-from .study import SearchError
+from .storage import SearchError
 from .studyfile import StudyFile
 from .tracking import fetch_model, register_model
 from .workspace import Workspace

@@ -52,7 +52,7 @@ def _run_errors() -> tuple[type[Exception], ...]:
     """What says all there is to say; a traceback would add nothing."""
     from profiles.connection import DeviceError
 
-    from .study import SearchError
+    from .storage import SearchError
 
     return (SearchError, DeviceError)
 

@@ -33,7 +33,8 @@ from .prune import check_widths, prune
 from .recorder import open_tracker, versions
 from .result import TrialResult
 from .review import study_arguments
-from .study import SearchError, changed, conditions_of
+from .storage import SearchError
+from .study import changed, conditions_of
 from .studyfile import StudyFile, StudyFileError
 from .uri import publishable
 from .workspace import Workspace, write_json

@@ -15,7 +15,8 @@ from .recorder import open_tracker
 from .reference import Reference, known_references
 from .result import TrialResult
 from .space import parameter_importances
-from .study import DeviceStudy, SearchError, open_storage
+from .storage import SearchError, open_storage
+from .study import DeviceStudy
 from .studyfile import StudyFile
 from .workspace import Workspace
 

@@ -15,7 +15,7 @@ from .recorder import MlflowRecorder, open_tracker
 from .reference import measure_references, open_references
 from .result import brief
 from .review import record_front
-from .study import SearchError
+from .storage import SearchError
 from .studyfile import StudyFile
 from .tracking import Tracker
 from .workspace import Workspace

@@ -27,7 +27,8 @@ from .heartbeat import Pulse
 from .result import TrialParams, TrialResult, brief
 from .screening import first_points
 from .stopping import FrontGate, Gate, OpenGate
-from .study import Begun, DeviceStudy, SearchError, StorageAwayError, open_storage
+from .storage import SearchError, StorageAwayError, open_storage
+from .study import Begun, DeviceStudy
 from .studyfile import StudyFile
 from .trial import Bench, Listener, run_trial
 from .turns import Finished, Waiting

@@ -27,7 +27,7 @@ from .bench import Shop, open_task
 from .judge import check_parity
 from .result import TrialResult, brief
 from .sections import ModelSection, ReferenceSection
-from .study import SearchError
+from .storage import SearchError
 from .studyfile import StudyFile, StudyFileError
 from .workspace import Workspace
 

@@ -16,7 +16,7 @@ from profiles.runner.files import model_digest
 
 from .bench import Shop
 from .exported import read_metrics
-from .study import SearchError
+from .storage import SearchError
 from .studyfile import StudyFile
 from .workspace import Workspace
 

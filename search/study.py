@@ -26,10 +26,10 @@ from .limits import excess_of
 from .result import TrialParams, TrialResult, brief
 from .sampler import NumberedSampler, grid_size, make_sampler
 from .space import params_at, searched_keys, searched_space, suggest, unpruned, unpruned_point
+from .storage import SearchError, StorageAwayError, answering
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
-from .uri import redact
 from .workspace import Workspace, read_result
 
 if TYPE_CHECKING:
@@ -44,14 +44,6 @@ _IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 _INSISTING, EXHAUSTED = 2, 20
 #: Workers that died of one trial before it counts as failed: on different machines, on one machine.
 _HOSTS_LOST, _LIVES_LOST = 2, 10
-
-
-class SearchError(RuntimeError):
-    """A search cannot go on; the message says why and what to do."""
-
-
-class StorageAwayError(SearchError):
-    """The storage does not answer at present."""
 
 
 @dataclass(frozen=True)
@@ -442,14 +434,12 @@ class DeviceStudy:
     @contextmanager
     def _answering(self) -> Iterator[None]:
         """Turn what a storage that is away raises into one error."""
-        from sqlalchemy.exc import OperationalError
-
         try:
-            yield
-        except (optuna.exceptions.StorageInternalError, OperationalError) as error:
+            with answering():
+                yield
+        except StorageAwayError:
             self._watch = Watch()  # nobody could show a sign of life meanwhile
-            lines = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-            raise StorageAwayError(f"the storage does not answer: {redact(lines[0])}") from error
+            raise
 
 
 def conditions_of(task: Task, device: Device) -> dict[str, Any]:
@@ -470,27 +460,6 @@ def changed(known: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
         for key, now in conditions.items()
         if key in known and known[key] != now
     )
-
-
-def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.BaseStorage:
-    """Optuna's storage of a study: the study file's, or SQLite in the output folder.
-
-    Raises:
-        SearchError: it cannot be opened; no password is shown.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    url = workspace.storage_url(study.storage)
-    if url.startswith("sqlite"):
-        workspace.folder.mkdir(parents=True, exist_ok=True)
-        options: dict[str, Any] = {"connect_args": {"timeout": 60}}
-    else:
-        options = {"pool_pre_ping": True}
-    try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
-    except Exception as error:
-        text = str(error).strip().splitlines()
-        said = redact(text[0]) if text else type(error).__name__
-        raise SearchError(f"storage {redact(url)} cannot be opened: {said}") from error
 
 
 def _host(frozen: FrozenTrial) -> str:

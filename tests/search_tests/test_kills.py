@@ -78,7 +78,8 @@ def live(folder: Path) -> None:
 def look(folder: Path) -> dict[str, Any]:
     """What the study and MLflow hold, without what may differ between two lives: ids and times."""
     from search.launch import open_tracker
-    from search.study import DeviceStudy, open_storage
+    from search.storage import open_storage
+    from search.study import DeviceStudy
     from search.workspace import Workspace
 
     file = _stand_ins().make_study(folder, trials=TRIALS, search={"sampler": "tpe"})

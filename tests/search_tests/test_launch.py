@@ -21,7 +21,7 @@ from profiles.device import Device
 from search.front import ParetoFront
 from search.launch import launch
 from search.recorder import open_tracker
-from search.study import SearchError, StorageAwayError
+from search.storage import SearchError, StorageAwayError
 from search.studyfile import StudyFile
 from search.tracking import Tracker
 

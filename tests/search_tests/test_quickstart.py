@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import search.quickstart
-from search.export import read_metrics
+from search.exported import read_metrics
 from search.found import fronts_of
 from search.quickstart import run_quickstart
 from search.studyfile import load_study_file

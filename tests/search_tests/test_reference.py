@@ -19,7 +19,7 @@ from profiles.device import Device
 from profiles.timing import Comparison, Timing
 from search.bench import Shop
 from search.reference import Reference, known_references, measure_references, open_references
-from search.study import SearchError
+from search.storage import SearchError
 from search.studyfile import StudyFile, load_study_file
 from search.workspace import Workspace
 

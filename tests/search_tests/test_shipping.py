@@ -38,7 +38,7 @@ from search.recorder import open_tracker
 from search.remeasure import Remeasured, remeasure
 from search.result import TrialParams, TrialResult
 from search.review import write_study_report
-from search.study import SearchError
+from search.storage import SearchError
 from search.studyfile import StudyFile, load_study_file
 from search.tracking import TrackingError
 

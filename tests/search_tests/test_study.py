@@ -46,7 +46,8 @@ from search.scores import ChannelScores
 from search.screening import first_points
 from search.sections import Limits
 from search.space import fixed_params, known_points, params_at, scattered_points
-from search.study import EXHAUSTED, Begun, DeviceStudy, SearchError, open_storage
+from search.storage import SearchError, StorageAwayError, open_storage
+from search.study import EXHAUSTED, Begun, DeviceStudy
 from search.studyfile import StudyFile, load_study_file
 from search.trial import Bench, make_plan, rerank
 from search.workspace import Workspace, write_json
@@ -807,7 +808,7 @@ def test_a_trial_taken_but_not_begun_is_begun_next(
             raise optuna.exceptions.StorageInternalError("away")
 
         patch.setattr(search.study, "suggest", away)
-        with pytest.raises(search.study.StorageAwayError, match="away"):
+        with pytest.raises(StorageAwayError, match="away"):
             worker.next_trial(9, 4)
     begun, other = worker.next_trial(9, 4), worker.next_trial(9, 4)
     assert isinstance(begun, Begun)

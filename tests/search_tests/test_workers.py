@@ -25,7 +25,8 @@ import search.heartbeat
 import search.loop
 import search.study
 from search.result import TrialParams, TrialResult
-from search.study import DeviceStudy, open_storage
+from search.storage import open_storage
+from search.study import DeviceStudy
 from search.turns import turns
 from search.workspace import Workspace
 
