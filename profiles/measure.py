@@ -79,7 +79,15 @@ def compare(
         longest_s = 0.0
         while True:
             began = time.monotonic()
-            done = _round(connection, specs, first=len(logs) % 2)
+            # However slow a model opens, there are rounds enough within the limit.
+            share_s = limit_s / MIN_ROUNDS
+            done = _round(
+                connection,
+                specs,
+                first=len(logs) % 2,
+                round_s=min(ROUND_S, share_s),
+                longest_s=share_s,
+            )
             longest_s = max(longest_s, time.monotonic() - began)
             warmup = done["warmup"]
             for index, values in done["blocks"]:
@@ -298,6 +306,7 @@ def _round(
     *,
     first: int,
     round_s: float = ROUND_S,
+    longest_s: float = math.inf,
     turns: int = TURNS,
     profile: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -308,6 +317,7 @@ def _round(
         "turns": turns,
         "block_s": 0.05,
         "round_s": round_s,
+        "longest_s": min(longest_s, ROUND_TIMEOUT_S),
         "profile": profile,
         "timeout_s": ROUND_TIMEOUT_S,
     }

@@ -9,6 +9,7 @@ from typing import Any
 import optuna
 
 from .studyfile import StudyFile
+from .turns import turns
 from .uri import redact
 from .workspace import Workspace
 
@@ -51,7 +52,9 @@ def open_storage(study: StudyFile, workspace: Workspace) -> optuna.storages.Base
     else:
         options = {"pool_pre_ping": True}
     try:
-        return optuna.storages.RDBStorage(url, engine_kwargs=options)
+        # Two workers that join an empty database at one moment would both make its tables.
+        with turns(url, "tables", workspace.folder)():
+            return optuna.storages.RDBStorage(url, engine_kwargs=options)
     except Exception as error:
         text = str(error).strip().splitlines()
         said = redact(text[0]) if text else type(error).__name__

@@ -56,7 +56,8 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
     stopped.
 
     Request: `specs` (one or more), `first` (which of them starts), `turns` (at most), `block_s`, `round_s`,
-    `timeout_s`; where operators are wanted too, `profile` with `of` (indices of specs), `repeats`, `warmup`.
+    `longest_s` (of a round whose models took long to open), `timeout_s`; where operators are wanted too,
+    `profile` with `of` (indices of specs), `repeats`, `warmup`.
     Result: `blocks`, a list of `[index, [samples in ms]]` in order of time, `warmup`, runs before them, and
     `nodes`, the operators of each profiled model, taken after the last block.
     """
@@ -74,7 +75,7 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
             loaded[index] = children[index].ask({"do": "load", "spec": specs[index]}, timeout_s)
             children[index].pause()
         # Where models take long to open, sampling that long as well costs little and tells much more.
-        round_s = max(request["round_s"], time.perf_counter() - start)
+        round_s = max(request["round_s"], min(time.perf_counter() - start, request["longest_s"]))
         typical = [entry["typical_ms"] for entry in loaded.values()]
         turns, runs = _round_plan(typical, round_s, request["block_s"], request["turns"])
         for turn in range(turns):
