@@ -59,7 +59,12 @@ class Page:
     def frames(self) -> list[tuple[str, int]]:
         """Where `evaluate` can look besides the page itself."""
         self.browser.listen(0.1)
-        return [place for place in self.browser.contexts if place[0] in self.browser.children]
+        others = self.browser._pages.keys() - {self.session}  # tabs that earlier tests left open
+        return [
+            place
+            for place in self.browser.contexts
+            if place[0] in self.browser.children and place[0] not in others
+        ]
 
     def screenshot(self, path: Path) -> Path:
         size = self.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
