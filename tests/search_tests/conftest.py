@@ -59,12 +59,7 @@ class Page:
     def frames(self) -> list[tuple[str, int]]:
         """Where `evaluate` can look besides the page itself."""
         self.browser.listen(0.1)
-        others = self.browser._pages.keys() - {self.session}  # tabs that earlier tests left open
-        return [
-            place
-            for place in self.browser.contexts
-            if place[0] in self.browser.children and place[0] not in others
-        ]
+        return [place for place in self.browser.contexts if place[0] in self.browser.children]
 
     def screenshot(self, path: Path) -> Path:
         size = self.evaluate("[document.documentElement.clientWidth, document.documentElement.scrollHeight]")
@@ -194,7 +189,7 @@ class Browser:
             page.said.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # no tabs of other tests beside one's own
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.skip("needs chromium (Debian: apt-get install chromium)")
