@@ -37,7 +37,7 @@ from .groups import ChannelGroups, find_groups, is_selected
 from .plan import PruningPlan
 from .prune import prune
 from .rerank import group_scores
-from .rescore import rescore
+from .rescore import rescore, rescored_data_key
 from .scores import ChannelScores
 from .sections import Choices, ModelSection
 from .sensitivity import LossCurves, measure_curves
@@ -125,9 +125,7 @@ class Shop:
 
     def rescore(self, criterion: str, plan: PruningPlan) -> ChannelScores:
         """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
-        sample = self._calibration  # batch norm is re-estimated on it, whatever the criterion looks at
-        data_key = scores_data_key(criterion, self.task, **sample)
-        data_key = f"{data_key}-{sample['images']}-{sample['batch']}-{plan.digest}"
+        data_key = rescored_data_key(self.task, plan, criterion, self._calibration)
         return self._cached_scores(
             criterion, data_key, lambda: rescore(self.task, plan, criterion, self._calibration)
         )

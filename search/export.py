@@ -23,6 +23,7 @@ from profiles.lock import host_lock
 from profiles.structure import structure_digest
 
 from .bench import Shop
+from .conditions import changed, conditions_of
 from .exported import CARD, FORMAT_VERSION, METRICS, check_target, replace_folder, sha256
 from .found import Found, fronts_of
 from .front import ParetoFront
@@ -34,7 +35,6 @@ from .recorder import open_tracker, versions
 from .result import TrialResult
 from .review import study_arguments
 from .storage import SearchError
-from .study import changed, conditions_of
 from .studyfile import StudyFile, StudyFileError
 from .uri import publishable
 from .workspace import Workspace, write_json

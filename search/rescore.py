@@ -15,7 +15,7 @@ import numpy as np
 from objectives.batchnorm import reestimate_batchnorm
 from objectives.task import Task
 
-from .criteria import compute_scores
+from .criteria import compute_scores, scores_data_key
 from .plan import LayerCut, PruningPlan
 from .prune import prune
 from .scores import ChannelScores, FloatArray
@@ -43,6 +43,12 @@ class _Pruned:
         return getattr(self.task, name)
 
 
+def rescored_data_key(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str, Any]) -> str:
+    """What these scores depend on besides the model; always the sample that batch norm is re-estimated on."""
+    unpruned = scores_data_key(criterion, task, **settings)
+    return f"{unpruned}-{settings['images']}-{settings['batch']}-{plan.digest}"
+
+
 def rescore(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str, Any]) -> ChannelScores:
     """Scores of what a plan leaves, by layer of the original model; 0 for channels that are gone.
 
@@ -55,8 +61,8 @@ def rescore(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str
     pruned = cast("Task", _Pruned(task, plan, settings["images"], settings["batch"]))
     found = compute_scores(criterion, pruned, **settings)
     layers = {name: _original(values, plan.layers.get(name)) for name, values in found.layers.items()}
-    sample = f"{settings['images']}-{settings['batch']}"
-    return ChannelScores(criterion, task.model_key, f"{found.data_key}-{sample}-{plan.digest}", layers)
+    data_key = rescored_data_key(task, plan, criterion, settings)
+    return ChannelScores(criterion, task.model_key, data_key, layers)
 
 
 def _original(values: FloatArray, cut: LayerCut | None) -> FloatArray:

@@ -7,37 +7,31 @@ run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from profiles.lock import host_lock
-
+from .conditions import changed, conditions_of_trials
 from .front import ParetoFront
 from .heartbeat import Watch, identity, is_gone
 from .limits import excess_of
-from .result import TrialParams, TrialResult, brief
+from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .space import params_at, searched_keys, searched_space, suggest, unpruned, unpruned_point
+from .shared_points import Point, SharedPoints
+from .space import params_at, searched_space, suggest, unpruned, unpruned_point
 from .storage import SearchError, StorageAwayError, answering
 from .studyfile import StudyFile
 from .trial import Bench
 from .turns import Finished, Waiting, turns
 from .workspace import Workspace, read_result
 
-if TYPE_CHECKING:
-    from objectives.task import Task
-    from profiles.device import Device
-
 _RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
-_POINTS = "first-points"
 _IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 #: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
 #: blindly, or a sampler might insist; after twenty the space has nothing more to give.
@@ -75,10 +69,7 @@ class DeviceStudy:
         self._known: dict[int, TrialResult] = {}
         self._taken: int | None = None  # id of a trial that is this worker's and was not begun yet
         name = f"{study.name}.{device}"
-        url = workspace.storage_url(study.storage)
-        self._turn = turns(url, name, workspace.folder)
-        # Making points takes seconds, in which others may well begin and end trials.
-        self._points_turn = turns(url, f"{name}.points", workspace.folder)
+        self._turn = turns(workspace.storage_url(study.storage), name, workspace.folder)
         with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.optuna = optuna.create_study(
@@ -89,8 +80,7 @@ class DeviceStudy:
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
             self._id = storage.get_study_id_from_name(name)
-        self._make_points: Callable[[], Sequence[Mapping[str, Any]]] | None = None
-        self._points: Sequence[Mapping[str, Any]] | None = None
+        self._points: SharedPoints | None = None
         self.seat(None)
 
     @classmethod
@@ -147,13 +137,7 @@ class DeviceStudy:
             SearchError: the study was begun with another model, other data, other training, other settings of
                 the device or on another machine.
         """
-        conditions = {
-            **conditions_of(bench.task, bench.device),
-            "finetune": self.file.finetune.model_dump(mode="json", exclude={"device"}),
-            "fingerprint": bench.fingerprint,
-            # Samplers cannot learn from trials that lack a key, and the storage takes no other choices.
-            "searched keys": searched_keys(self.file.search),
-        }
+        conditions = conditions_of_trials(self.file, bench)
         with self._answering(), self._turn():
             known = self.optuna.user_attrs.get(_IDENTITY)
             if known is None:
@@ -175,15 +159,20 @@ class DeviceStudy:
 
     # -- asking
 
-    def seat(self, points: Callable[[], Sequence[Mapping[str, Any]]] | None) -> None:
+    def seat(self, points: Callable[[], Sequence[Point]] | None) -> None:
         """Seat the sampler.
 
         Args:
             points: makes what is tried after the unpruned model; None where the sampler decides of all.
         """
         search = self.file.search
-        self._make_points, self._points = points, None
-        first = None if points is None else unpruned_point(search)
+        self._points = first = None
+        if points is not None:
+            first = unpruned_point(search)
+            url = self.workspace.storage_url(self.file.storage)
+            # Making points takes seconds, in which others may well begin and end trials.
+            turn = turns(url, f"{self.optuna.study_name}.points", self.workspace.folder)
+            self._points = SharedPoints(self.file, self.device, self.optuna, turn, points)
         space = searched_space(search)
 
         def make(number: int) -> optuna.samplers.BaseSampler:
@@ -194,31 +183,12 @@ class DeviceStudy:
 
         self.optuna.sampler = NumberedSampler(make, first, self.first_points)
 
-    def first_points(self) -> Sequence[Mapping[str, Any]]:
+    def first_points(self) -> Sequence[Point]:
         """What is tried after the unpruned model, made by one worker and read by the others."""
         if self._points is None:
-            self._points = self._shared_points()
-        return self._points
-
-    def _shared_points(self) -> Sequence[Mapping[str, Any]]:
-        if self._make_points is None:
             return ()
-        asked = [
-            section.model_dump(mode="json")
-            for section in (self.file.search, self.file.screening, self.file.limits_of(self.device))
-        ]
-        text = json.dumps([asked, self.file.seed, self.file.trials], sort_keys=True)
-        key = f"{_POINTS}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         with self._answering():
-            known: Sequence[Mapping[str, Any]] | None = self.optuna.user_attrs.get(key)
-        if known is not None:
-            return known
-        # The machine first: waiting for it may take minutes, in which nobody should hold the turn.
-        with host_lock("screening"), self._answering(), self._points_turn():
-            if key not in self.optuna.user_attrs:
-                self.optuna.set_user_attr(key, self._make_points())
-            made: Sequence[Mapping[str, Any]] = self.optuna.user_attrs[key]
-            return made
+            return self._points.get()
 
     def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:
         """What this worker is to do: redo a trial whose worker died, begin a new one, wait, or stop.
@@ -440,26 +410,6 @@ class DeviceStudy:
         except StorageAwayError:
             self._watch = Watch()  # nobody could show a sign of life meanwhile
             raise
-
-
-def conditions_of(task: Task, device: Device) -> dict[str, Any]:
-    """What every number of a device's study depends on, besides the training and the machine."""
-    return {
-        "model": task.model_key,
-        "data": task.data_key,
-        "input_shape": list(task.input_shape),
-        # Not its address: one machine has several, and the fingerprint tells machines apart.
-        "device": replace(device, host=None).to_json(),
-    }
-
-
-def changed(known: Mapping[str, Any], conditions: Mapping[str, Any]) -> str:
-    """What differs, in words; what is not on record, as in a study of an earlier version, is not compared."""
-    return "; ".join(
-        f"{key} was {brief(known[key])}, is {brief(now)}"
-        for key, now in conditions.items()
-        if key in known and known[key] != now
-    )
 
 
 def _host(frozen: FrozenTrial) -> str:

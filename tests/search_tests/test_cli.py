@@ -86,6 +86,14 @@ def _here(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     close_connections()
 
 
+@pytest.fixture
+def searched(run: Run, folder: Path) -> Path:
+    """The study's folder with its search done; the command finds it done where an earlier test ran it."""
+    done = run("search", "study.yaml")
+    assert done.code == 0, done.err
+    return folder
+
+
 # ---- the main job --------------------------------------------------------------------------------
 
 
@@ -196,9 +204,8 @@ def test_plan_score_profile_and_devices_print_json_alone(run: Run, folder: Path)
     assert devices.document["ort"]["fingerprint"] == profile["fingerprint"]
 
 
-def test_limits_nothing_meets_are_wrong_input(run: Run, folder: Path) -> None:
-    if not (folder / "runs" / "tiny" / "optuna.db").exists():
-        pytest.skip("the search of this folder did not run")
+def test_limits_nothing_meets_are_wrong_input(run: Run, searched: Path) -> None:
+    folder = searched
     answer = run("export", "study.yaml", "--device", "ort", "--max-latency", "0.000001")
     assert (answer.code, answer.out) == (2, "")
     assert "no point of ort is within the limits" in answer.err
@@ -206,10 +213,9 @@ def test_limits_nothing_meets_are_wrong_input(run: Run, folder: Path) -> None:
 
 
 def test_an_artifact_of_another_accuracy_is_not_exported(
-    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, searched: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not (folder / "runs" / "tiny" / "optuna.db").exists():
-        pytest.skip("the search of this folder did not run")
+    folder = searched
     from objectives.detection import DetectionTask
 
     monkeypatch.setattr(DetectionTask, "evaluate", lambda self, predict: 0.0)
@@ -221,10 +227,9 @@ def test_an_artifact_of_another_accuracy_is_not_exported(
     assert not (folder / "runs" / "tiny" / "exports" / "ort").exists()
 
 
-def test_ui_serves_the_studys_own_store(folder: Path) -> None:
+def test_ui_serves_the_studys_own_store(searched: Path) -> None:
     """Really started, as users do it, on the SQLite store that a search left."""
-    if not (folder / "runs" / "tiny" / "mlflow.db").exists():
-        pytest.skip("the search of this folder did not run")
+    folder = searched
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
