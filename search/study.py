@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from .conditions import changed, conditions_of_trials
 from .front import ParetoFront
-from .heartbeat import Watch, identity, is_gone
+from .heartbeat import Pulse, Watch, identity, is_gone
 from .limits import excess_of
 from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
@@ -202,8 +202,10 @@ class DeviceStudy:
             if not isinstance(taken, int):
                 return taken
             self._taken = taken
-            trial = optuna.Trial(self.optuna, taken)
-            params = suggest(trial, self.file.search, auto_round_to)
+            # A sampler may think for a while, and screening waits until nothing is measured here.
+            with Pulse(lambda count: self._storage.set_trial_user_attr(taken, _BEAT, count)):
+                trial = optuna.Trial(self.optuna, taken)
+                params = suggest(trial, self.file.search, auto_round_to)
         self._taken = None
         if trial.number == 0:
             params = unpruned(params)

@@ -255,8 +255,10 @@ def work(folder: Path, storage: str, host: str, seconds: float, hang_at: int) ->
     """One worker on a machine of its own name, whose trials take a fixed time."""
     search.heartbeat.socket.gethostname = lambda: host
     search.heartbeat.BEAT_S = 0.2
-    search.study.Watch = lambda: search.heartbeat.Watch(silence_s=3.0)  # type: ignore[assignment,misc]
-    search.loop.Pulse = lambda beat: search.heartbeat.Pulse(beat, every_s=0.2)  # type: ignore[assignment,misc]
+    # Well above what restarting a database takes on a busy machine, as the two minutes of real workers are.
+    search.study.Watch = lambda: search.heartbeat.Watch(silence_s=8.0)  # type: ignore[assignment,misc]
+    for module in (search.loop, search.study):
+        module.Pulse = lambda beat: search.heartbeat.Pulse(beat, every_s=0.2)  # type: ignore[assignment,misc]
     search.loop._POLL_S = 0.1
     search.loop._AWAY_RETRY_S = 0.2
     own = folder / host
