@@ -41,9 +41,10 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 
 from objectives.task import Recovery  # noqa: E402  # The repository is not installed as a package.
 from search.bench import Shop  # noqa: E402
+from search.planning import make_plan, rerank  # noqa: E402
 from search.result import TrialParams, TrialResult  # noqa: E402
 from search.studyfile import load_study_file  # noqa: E402
-from search.trial import make_plan, rerank, run_trial  # noqa: E402
+from search.trial import run_trial  # noqa: E402
 from search.workspace import Workspace  # noqa: E402
 
 #: Quantity to (published saving, published change of accuracy in points), on the whole of CIFAR-10.
@@ -137,9 +138,7 @@ def run(network: str, args: argparse.Namespace, data: Path, folder: Path) -> tup
     return zero, rows
 
 
-def _row(
-    network: str, way: str, quantity: str, saved: float, result: TrialResult, zero: TrialResult
-) -> Row:
+def _row(network: str, way: str, quantity: str, saved: float, result: TrialResult, zero: TrialResult) -> Row:
     assert result.params and result.macs and zero.params and zero.macs  # noqa: PT018  # complete
     assert result.speedup and result.accuracy is not None  # noqa: PT018
     return Row(

@@ -35,10 +35,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve() != ROOT / "benchmarks")]
 
 from search.bench import Shop  # noqa: E402  # The repository is not installed as a package.
+from search.planning import make_plan, rerank  # noqa: E402
 from search.prediction import predict_ms  # noqa: E402
 from search.result import TrialParams, TrialResult  # noqa: E402
 from search.studyfile import load_study_file  # noqa: E402
-from search.trial import Bench, make_plan, rerank, run_trial  # noqa: E402
+from search.trial import Bench, run_trial  # noqa: E402
 from search.workspace import Workspace  # noqa: E402
 
 #: Savings of latency: half of what was published, and that.

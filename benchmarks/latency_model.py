@@ -45,10 +45,11 @@ from search.allocation import Demand, Widths, rank  # noqa: E402
 from search.bench import Shop  # noqa: E402
 from search.budget import channels_removed  # noqa: E402
 from search.plan import PruningPlan  # noqa: E402
+from search.planning import make_plan, rerank  # noqa: E402
 from search.prune import prune  # noqa: E402
 from search.result import TrialParams  # noqa: E402
 from search.studyfile import load_study_file  # noqa: E402
-from search.trial import Bench, make_plan, rerank  # noqa: E402
+from search.trial import Bench  # noqa: E402
 from search.workspace import Workspace  # noqa: E402
 
 RUNTIMES = ("torch", "onnxruntime", "openvino", "ncnn")

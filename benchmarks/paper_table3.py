@@ -37,11 +37,12 @@ from objectives.task import Recovery  # noqa: E402  # The repository is not inst
 from profiles.artifact import export_artifact  # noqa: E402
 from profiles.measure import compare  # noqa: E402
 from search.bench import Shop  # noqa: E402
+from search.planning import make_plan, rerank  # noqa: E402
 from search.prune import prune  # noqa: E402
 from search.rerank import hardware_scores, normalise  # noqa: E402
 from search.result import TrialParams  # noqa: E402
 from search.studyfile import load_study_file  # noqa: E402
-from search.trial import Bench, make_plan, rerank  # noqa: E402
+from search.trial import Bench  # noqa: E402
 from search.workspace import Workspace  # noqa: E402
 
 RATIO, NOTICEABLE = 0.30, 0.05
@@ -89,9 +90,7 @@ def project(bench: Bench, beta: float) -> Projection:
     profile = bench.profile
     layers = [layer for layer in profile.layers if layer.layer in scores and layer.op == "conv"]
     delta = profile.delta_ms
-    weighed = hardware_scores(
-        {layer.layer: scores[layer.layer] for layer in layers}, normalise(delta), beta
-    )
+    weighed = hardware_scores({layer.layer: scores[layer.layer] for layer in layers}, normalise(delta), beta)
     owner = np.repeat(np.arange(len(layers)), [layer.out_channels for layer in layers])
     order = np.argsort(np.concatenate([weighed[layer.layer] for layer in layers]), kind="stable")
     removed = int(RATIO * len(order))

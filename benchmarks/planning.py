@@ -46,8 +46,9 @@ from search.allocation import Demand, Widths  # noqa: E402
 from search.budget import channels_removed, cost_removed  # noqa: E402
 from search.criteria import compute_scores  # noqa: E402
 from search.groups import find_groups  # noqa: E402
+from search.planning import allocate, rerank  # noqa: E402
 from search.result import TrialParams  # noqa: E402
-from search.trial import Bench, allocate, rerank  # noqa: E402
+from search.trial import Bench  # noqa: E402
 
 PLANS, LIMIT_S = 1000, 2.0
 WAYS: dict[str, dict[str, str]] = {

@@ -107,9 +107,9 @@ def work(folder: Path, storage: str, host: str, seconds: float, trials: int, sam
 
     import search.heartbeat
     import search.loop
+    from search.planning import make_plan, rerank
     from search.prediction import predict_ms
     from search.result import TrialResult
-    from search.trial import make_plan, rerank
     from search.workspace import Workspace, write_json
 
     torch.set_num_threads(1)

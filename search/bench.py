@@ -17,7 +17,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from objectives.task import Recovery, Task
@@ -28,9 +27,7 @@ from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.lock import host_lock
 from profiles.variants import Variant
 
-from .allocation import Demand, Widths, complexity, rank
-from .budget import channels_removed
-from .costs import WidthCost, unit_shares
+from .costs import WidthCost
 from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .depth import Block, block_scores, find_blocks
 from .groups import ChannelGroups, find_groups, is_selected
@@ -43,6 +40,7 @@ from .sections import Choices, ModelSection
 from .sensitivity import LossCurves, measure_curves
 from .studyfile import StudyFile, StudyFileError
 from .trial import Bench
+from .variant_plan import variant_plan
 from .workspace import Workspace, write_json
 
 _log = logging.getLogger("paretoprune")
@@ -332,24 +330,14 @@ class Shop:
         """A randomly pruned version of the model, untrained: latency does not depend on the weights."""
         if variant.ratio == 0.0:
             return self.baseline(device)
-        rng = np.random.default_rng(variant.seed)
-        # One share per group, so that the variants differ in shape and not only in size.
-        scores = [rng.random(g.channels) + rng.normal(0.0, variant.spread) for g in self.groups.groups]
-        widths = Widths(variant.round_to, self.study.search.min_channels)
-        demand = Demand(self.groups, scores, variant.ratio, channels_removed(self.groups), widths)
-        if variant.costly:
-            work = {spec.layer: float(spec.macs) for spec in self.baseline(device).layers}
-            counts = complexity(demand, unit_shares(work, self.groups), variant.seed)
-        else:
-            counts = rank(demand)
-        plan = PruningPlan.of(self.task.model_key, self.groups, demand.pick(counts))
+        work = {spec.layer: float(spec.macs) for spec in self.baseline(device).layers}
+        minimum = self.study.search.min_channels
+        plan = variant_plan(variant, self.task.model_key, self.groups, work, minimum)
         model = prune(self.task.load_model(), plan, self.task.settle)
         # The seed is the variant's alone, but for the multiple.
         name = f"{variant.seed}-{variant.round_to}"
         with host_lock("export"):
-            return export_artifact(
-                self.task.deployable(model), device, folder / name, self.task.input_shape
-            )
+            return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
 
     def bench(self, device: Device) -> Bench:
         """Everything the trials of a device share."""

@@ -174,10 +174,10 @@ def plan(
     dir: Dir = None,
 ) -> None:
     """What would be removed, and the predicted latency. Trains nothing."""
+    from .planning import make_plan, rerank
     from .space import fixed_params
     from .studyfile import StudyFileError
     from .tables import plan_json, plan_table
-    from .trial import make_plan, rerank
 
     faults = [
         f"--{key} must lie in {rule}, got {value:g}"

@@ -64,7 +64,7 @@ def remeasure(
     """Measure an exported folder's file on the device, in turns with the study's unpruned model.
 
     Raises:
-        SearchError: the device is another one than the recorded one.
+        SearchError: the device or the unpruned model is another one than the recorded one.
         ValueError: a file is not the recorded one.
         DeviceError: the device is gone.
     """
@@ -79,6 +79,12 @@ def remeasure(
     shape = tuple(metrics["input_shape"])
     artifact = Artifact(path, target.runtime, target.precision, shape, model_digest(path), ())
     shop = Shop(study, Workspace(study.folder), notice=notice)
+    if shop.task.model_key != metrics["model_key"]:
+        raise SearchError(
+            f"{folder.name} was pruned from another model than {study.source.name} names (its key is "
+            f"{metrics['model_key'][:12]}, that model's {shop.task.model_key[:12]}), so the study's unpruned "
+            "model says nothing of its latency"
+        )
     section = study.measure
     done = compare(target, artifact, shop.baseline(target), target=section.target, limit_s=section.limit_s)
     unpruned_ms, recorded = metrics["baseline"]["latency_ms"], metrics["latency_ci_ms"]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .plan import PruningPlan
+from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import score_kept
 from .rerank import group_scores
@@ -20,7 +21,7 @@ from .result import TrialParams
 from .sections import Limits
 from .space import known_points, params_at, scattered_points
 from .studyfile import StudyFile
-from .trial import Bench, make_plan, rerank
+from .trial import Bench
 
 
 @dataclass(frozen=True)

@@ -263,5 +263,3 @@ class ReferenceSection(Section):
     def is_given(self) -> bool:
         """Whether the numbers stand in the study file instead of being measured."""
         return self.latency_ms is not None
-
-

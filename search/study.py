@@ -20,10 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 from .conditions import changed, conditions_of_trials
 from .front import ParetoFront
 from .heartbeat import Pulse, Watch, identity, is_gone
-from .limits import excess_of
 from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
 from .shared_points import Point, SharedPoints
+from .shown import constraints_of, shown_to_sampler
 from .space import params_at, searched_space, suggest, unpruned, unpruned_point
 from .storage import SearchError, StorageAwayError, answering
 from .studyfile import StudyFile
@@ -365,43 +365,25 @@ class DeviceStudy:
             return True
 
     def _finish(self, trial: optuna.Trial, result: TrialResult) -> None:
-        """Optuna's state says what its samplers may learn from, ours is in the attribute `state`.
-
-        A trial stopped in training is complete to Optuna, with the accuracy it had: no more than it would
-        have reached, and dominated already. One that had the plan of another has that one's values.
-        """
+        """Optuna's state says what its samplers may learn from, ours is in the attribute `state`."""
         trial.set_user_attr(_RESULT, json.dumps(result.to_json()))
         for key, value in (("state", result.state), ("reason", result.reason)):
             trial.set_user_attr(key, value)
         if result.state != "failed":  # a failed plan may be tried again
             trial.set_user_attr(_PLAN, result.way)
-        shown = self._shown_to_sampler(result)
+        shown = shown_to_sampler(result, self.results())
         if shown is None:
             self.optuna.tell(trial, state=TrialState.FAIL if result.state == "failed" else TrialState.PRUNED)
             return
-        for name, excess in self._constraints(shown).items():
+        complete = self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        demanded = next((t.constraints for t in complete), None)
+        limits = self.file.limits_of(self.device)
+        for name, excess in constraints_of(shown, limits, demanded).items():
             if name not in trial.constraints:  # set before its first worker died
                 trial.set_constraint(name, excess)
         assert shown.accuracy is not None
         assert shown.latency_ms is not None
         self.optuna.tell(trial, [shown.accuracy, shown.latency_ms])
-
-    def _shown_to_sampler(self, result: TrialResult) -> TrialResult | None:
-        if result.state == "failed":
-            return None
-        if result.accuracy is None and result.plan_digest is not None:
-            twins = [r for r in self.results() if r.way == result.way]
-            return next((r for r in twins if r.state == "complete"), None)
-        return result if result.latency_ms is not None and result.accuracy is not None else None
-
-    def _constraints(self, result: TrialResult) -> dict[str, float]:
-        """Samplers demand the same constraints of every complete trial: those of the limits that the study
-        began with. One set later bounds what is begun, but no sampler hears of it; one lifted is satisfied.
-        """
-        excess = excess_of(result, self.file.limits_of(self.device))
-        for trial in self.optuna.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-            return {name: excess.get(name, -1.0) for name in trial.constraints}
-        return excess
 
     @contextmanager
     def _answering(self) -> Iterator[None]:

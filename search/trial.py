@@ -16,9 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
-from numpy.typing import NDArray
-
 from objectives.size import count_params
 from objectives.task import Recovery, Task
 from profiles.artifact import Artifact
@@ -27,21 +24,19 @@ from profiles.latency_profile import LatencyProfile
 from profiles.lock import host_lock
 from profiles.timing import Comparison
 
-from .allocation import Demand, Widths, complexity, rank, uniform
-from .budget import channels_removed, cost_removed
-from .costs import WidthCost, quantity_of, unit_shares
-from .depth import Block, weakest_blocks, without_blocks
+from .costs import WidthCost
+from .depth import Block
 from .groups import ChannelGroups
 from .judge import TimedModel, Verdict, judge, size_mb, time_untrained
-from .knapsack import knapsack
 from .plan import PruningPlan
+from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import score_kept
 from .prune import check_widths, prune
-from .rerank import group_scores, hardware_scores, normalise, weighed_by_group
+from .rerank import group_scores
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
-from .sensitivity import LossCurves, sensitivity
+from .sensitivity import LossCurves
 from .stopping import Gate, OpenGate, TrialStopped
 from .workspace import write_json
 
@@ -49,8 +44,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 _OPEN = OpenGate()
-#: Below every score: a channel that is gone goes first.
-_GONE = -1.0
 
 
 def _no_rescoring(criterion: str, plan: PruningPlan) -> ChannelScores:
@@ -162,74 +155,6 @@ def run_trial(
 def _go_on(reason: str | None) -> None:
     if reason is not None:
         raise TrialStopped(reason)
-
-
-def rerank(
-    params: TrialParams, bench: Bench, gone: PruningPlan | None = None
-) -> list[NDArray[np.float64]]:
-    """Step 1: the device's latency weighs the cached scores, equation (7), summed over groups.
-
-    Args:
-        gone: channels that are gone already: the scores are those of the network without them, and they
-            themselves come first.
-    """
-    groups = bench.groups
-    counts = np.zeros(len(groups.groups))
-    if gone is None:
-        scores = bench.scores[params.criterion].layers
-    else:
-        scores = bench.rescore(params.criterion, gone).layers
-        counts += [len(gone.removed.get(group.name, ())) for group in groups.groups]
-    if params.allocation == "sensitivity":
-        result = group_scores(scores, groups)  # there beta weighs the measured loss instead
-    elif params.cost == "layer":
-        weighed = hardware_scores(scores, normalise(bench.profile.delta_ms), params.beta)
-        result = group_scores(weighed, groups)
-    else:
-        saved = bench.cost(quantity_of(params.cost)).marginal(counts)
-        result = weighed_by_group(group_scores(scores, groups), saved, params.beta)
-    if gone is not None:
-        result = [values.copy() for values in result]
-        for group, values in zip(groups.groups, result, strict=True):
-            values[list(gone.removed.get(group.name, ()))] = _GONE
-    return result
-
-
-def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench) -> PruningPlan:
-    """Step 2: which channels go, in one step or in several with scores taken anew, and which blocks."""
-    groups = bench.groups
-    of_channels = params.ratio_of == "channels"
-    share = channels_removed(groups) if of_channels else cost_removed(bench.cost(params.ratio_of))
-    widths = Widths(params.round_to, bench.min_channels)
-    plan = PruningPlan(bench.task.model_key, {})
-    counts = np.zeros(len(groups.units), dtype=np.int64)
-    for step in range(1, params.steps + 1):
-        if params.ratio == 0.0:
-            break
-        if step > 1 and plan.removed:
-            scores = rerank(params, bench, plan)
-        demand = Demand(groups, scores, params.ratio * step / params.steps, share, widths)
-        counts = np.maximum(counts, allocate(params, demand, bench))  # what is gone stays gone
-        plan = PruningPlan.of(bench.task.model_key, groups, demand.pick(counts))
-    if params.depth:
-        layer_ms = {layer.layer: layer.timing.mean_ms for layer in bench.profile.layers}
-        gone = weakest_blocks(bench.blocks, bench.block_scores, layer_ms, params.depth, params.beta)
-        plan = without_blocks(plan, groups, gone)
-    return plan
-
-
-def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.int64]:
-    """How many channels each unit loses, `(units,)`, by the rule that `params.allocation` names."""
-    if params.allocation == "uniform":
-        return uniform(demand)
-    if params.allocation == "knapsack":
-        return knapsack(demand)
-    cost = bench.cost(quantity_of(params.cost))
-    if params.allocation == "complexity":
-        return complexity(demand, unit_shares(cost.by_layer(), demand.groups), bench.recovery.seed)
-    if params.allocation == "sensitivity":
-        return sensitivity(demand, bench.curves[params.criterion], cost, params.beta)
-    return rank(demand)
 
 
 def _score_kept(plan: PruningPlan, bench: Bench) -> float | None:

@@ -103,9 +103,7 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
             child.close()
 
 
-def _round_plan(
-    typical_ms: list[float], round_s: float, block_s: float, most: int
-) -> tuple[int, list[int]]:
+def _round_plan(typical_ms: list[float], round_s: float, block_s: float, most: int) -> tuple[int, list[int]]:
     """How many turns, `most` at most, and how many inferences each model has in one."""
     runs = [max(3, min(50, round(block_s * 1e3 / max(ms, 1e-3)))) for ms in typical_ms]
     turn_s = sum(n * ms for n, ms in zip(runs, typical_ms)) / 1e3

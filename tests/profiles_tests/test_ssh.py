@@ -98,9 +98,7 @@ def test_a_line_cut_in_the_middle_of_a_comparison_is_said_and_the_next_one_works
     assert measure(device, artifact, rounds=1).p50_ms > 0
 
 
-def test_a_runner_that_is_asked_nothing_ends_by_itself(
-    server: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_runner_that_is_asked_nothing_ends_by_itself(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "IDLE_S", 1)
     link = connection.Connection(server.device())
     link._process.wait(timeout=60)

@@ -178,9 +178,7 @@ def test_channels_and_blocks_go_together(
     both = prune(copy.deepcopy(model), left, task.settle)
     want = outputs(prune(silent(model, blocks), plan, task.settle), images(dtype=torch.float64))
     torch.testing.assert_close(outputs(both, images(dtype=torch.float64)), want, rtol=1e-9, atol=1e-9)
-    opened = load_pruned(
-        task.load_model().double(), task.save(both, tmp_path / "model.pt"), blocks=blocks
-    )
+    opened = load_pruned(task.load_model().double(), task.save(both, tmp_path / "model.pt"), blocks=blocks)
     assert torch.equal(
         outputs(opened, images(dtype=torch.float64)), outputs(both, images(dtype=torch.float64))
     )
@@ -245,9 +243,7 @@ def test_a_detectors_bottlenecks_go_and_plain_ultralytics_opens_what_is_left(
     ]
     names = ("model.4.m.1", "model.6.m.0")
     gone = remove_blocks(copy.deepcopy(model), names)
-    torch.testing.assert_close(
-        outputs(gone, x), outputs(silent(model, names), x), rtol=1e-9, atol=1e-9
-    )
+    torch.testing.assert_close(outputs(gone, x), outputs(silent(model, names), x), rtol=1e-9, atol=1e-9)
 
     task = object.__new__(DetectionTask)
     object.__setattr__(task, "imgsz", 64)

@@ -303,6 +303,18 @@ def test_an_exported_file_is_measured_again(study: StudyFile, exported: Path, tm
     close_connections()
 
 
+def test_an_export_of_another_model_is_not_measured_beside_this_one(
+    study: StudyFile, exported: Path, tmp_path: Path
+) -> None:
+    foreign = tmp_path / "foreign"
+    shutil.copytree(exported, foreign)
+    key = read_metrics(exported)["model_key"]
+    text = (foreign / "metrics.json").read_text()
+    (foreign / "metrics.json").write_text(text.replace(key, "f" * len(key)))
+    with pytest.raises(SearchError, match=r"foreign was pruned from another model .* key is ffffffffffff"):
+        remeasure(study, "desk", foreign, notice=lambda _: None)
+
+
 def test_the_measured_file_is_the_one_that_the_metrics_name(
     study: StudyFile, exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

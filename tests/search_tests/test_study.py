@@ -38,6 +38,7 @@ from search.groups import ChannelGroup, ChannelGroups, Member
 from search.heartbeat import Watch, identity
 from search.limits import excess_of
 from search.loop import run_search
+from search.planning import make_plan, rerank
 from search.prediction import predict_ms
 from search.proxy import score_kept
 from search.rerank import group_scores
@@ -49,7 +50,7 @@ from search.space import fixed_params, known_points, params_at, scattered_points
 from search.storage import SearchError, StorageAwayError, open_storage
 from search.study import EXHAUSTED, Begun, DeviceStudy
 from search.studyfile import StudyFile, load_study_file
-from search.trial import Bench, make_plan, rerank
+from search.trial import Bench
 from search.workspace import Workspace, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -795,9 +796,7 @@ def test_the_lowest_depth_stands_for_a_searched_one_and_known_points_keep_blocks
     assert [point["depth"] for point in known_points(study.search)] == [0.0] * 4
 
 
-def test_a_trial_taken_but_not_begun_is_begun_next(
-    study: StudyFile, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_taken_but_not_begun_is_begun_next(study: StudyFile, monkeypatch: pytest.MonkeyPatch) -> None:
     """The storage goes away after it gave out the trial, before its parameters are there."""
     go(study, trials=1)
     storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)

@@ -26,13 +26,14 @@ from profiles.timing import Comparison, Timing
 from search.bench import Shop
 from search.judge import check_parity
 from search.plan import PruningPlan
+from search.planning import make_plan, rerank
 from search.prediction import predict_ms
 from search.prune import WidthError, check_widths
 from search.result import TrialParams, TrialResult
 from search.stopping import OpenGate
 from search.studyfile import StudyFile, StudyFileError, load_study_file
 from search.tables import plan_json, plan_table, profile_json, profile_table, score_json, score_table
-from search.trial import Bench, make_plan, rerank, run_trial
+from search.trial import Bench, run_trial
 from search.workspace import Workspace, read_result
 
 pytestmark = pytest.mark.usefixtures("one_thread")
