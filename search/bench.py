@@ -240,18 +240,17 @@ class Shop:
                 self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
 
         self.notice(f"loss curves: measuring every group on {images} images")
-        with host_lock("scores"):
-            curves = measure_curves(
-                self.task,
-                self.groups,
-                group_scores(self.scores(criterion).layers, self.groups),
-                WidthCost.of("macs", self.groups, profile),
-                criterion=criterion,
-                images=images,
-                batch=batch,
-                min_channels=self.study.search.min_channels,
-                on_step=on_step,
-            )
+        curves = measure_curves(
+            self.task,
+            self.groups,
+            group_scores(self.scores(criterion).layers, self.groups),
+            WidthCost.of("macs", self.groups, profile),
+            criterion=criterion,
+            images=images,
+            batch=batch,
+            min_channels=self.study.search.min_channels,
+            on_step=on_step,
+        )
         cache.put("curves", key, curves.to_json())
         return curves
 

@@ -17,11 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from objectives.task import Task
+from profiles.lock import host_lock
 
 from .allocation import Demand, Widths, cut
-from .budget import cost_removed
+from .budget import ShareRemoved, cost_removed
 from .costs import WidthCost
 from .groups import ChannelGroups
+from .knapsack import cheapest
 from .plan import PruningPlan
 from .prune import prune
 
@@ -31,11 +33,11 @@ if TYPE_CHECKING:
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 #: Shares of the channels that a unit still has at which its loss is measured.
 LEVELS = (0.25, 0.5, 0.75, 0.9375)
 #: Shares of the MACs removed at which the curves are measured again.
-DEPTHS = (0.0, 0.35, 0.6)
+DEPTHS = (0.0, 0.35, 0.6, 0.8)
 #: Weight of the first-order scores beside the measured curve: they decide where the curve is flat or noisy.
 _FIRST_ORDER = 0.05
 
@@ -148,15 +150,42 @@ def _hull(curve: FloatArray) -> FloatArray:
 
 
 def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float) -> IntArray:
-    """Channels in ascending order of measured loss over `cost ** beta`; `(U,)` counts.
+    """The widths of least measured loss, weighed by what they save; `(U,)` counts.
 
     Equation (7) with the measured rise of the loss in the place of the first-order score and, in the place of
     a layer's latency per channel, what a channel of the unit saves: at beta 0 cost does not matter, at 1 it
-    is loss per cost, the best order for a budget of that cost. Savings shrink as neighbours do, so they are
-    taken again around what was found.
+    is loss per cost, the best for a budget of that cost. All widths are chosen at once, among those allowed:
+    an order of single channels that is rounded afterwards gives away what the rounding moves.
+    """
+    if demand.ratio == 0.0:
+        return np.zeros(len(demand.groups.units), dtype=np.int64)
+    prices = curves.prices(demand.unit_scores())
+    start = _in_order(demand, prices, cost, beta)
+    # The knapsack weighs loss against the budget. So scaled, it is against cost ** beta, whatever the budget.
+    scale = _saved_per_channel(demand, demand.share, start)
+    scale = scale / _saved_per_channel(demand, cost_removed(cost), start) ** beta
+    losses = [np.concatenate([[0.0], np.cumsum(p)]) * s for p, s in zip(prices, scale, strict=True)]
+    return cheapest(demand, losses, start)
+
+
+def _saved_per_channel(demand: Demand, share: ShareRemoved, point: IntArray) -> FloatArray:
+    """What a unit saves per channel, in the mean over its widths, the others as at `point`; `(U,)`."""
+    groups = demand.groups
+    most = np.array([demand.widths.options(int(c))[-1] for c in groups.unit_channels])
+    none, full = (np.repeat(point[None], len(point), axis=0) for _ in range(2))
+    np.fill_diagonal(none, 0)
+    np.fill_diagonal(full, most)
+    saved = (share(groups.spread(full)) - share(groups.spread(none))) / np.maximum(most, 1)
+    result: FloatArray = np.maximum(saved, saved.max() * 1e-6)
+    return result
+
+
+def _in_order(demand: Demand, prices: Sequence[FloatArray], cost: WidthCost, beta: float) -> IntArray:
+    """Channels one by one in ascending order of price over `cost ** beta`; `(U,)` settled counts.
+
+    Savings shrink as neighbours do, so they are taken again around what was found.
     """
     groups = demand.groups
-    prices = curves.prices(demand.unit_scores())
     owner = np.repeat(np.arange(len(prices)), [len(p) for p in prices])
     flat = np.concatenate(prices)
     counts = np.zeros(len(prices), dtype=np.int64)
@@ -196,7 +225,8 @@ def measure_curves(
     Raises:
         ValueError: the loss is not finite.
     """
-    batches = list(task.calibration(images, batch))
+    with host_lock("scores"):
+        batches = list(task.calibration(images, batch))
     channels = groups.unit_channels
     widths = Widths(1, min_channels)
     names = tuple(groups.groups[unit[0]].name for unit in groups.units)
@@ -206,7 +236,8 @@ def measure_curves(
 
     def loss_of(counts: IntArray) -> float:
         plan = PruningPlan.of(task.model_key, groups, demand(0.0).pick(counts))
-        return mean_loss(task, prune(task.load_model(), plan, task.settle), batches)
+        with host_lock("scores"):  # one network at a time: another worker's measurement need not wait for all
+            return mean_loss(task, prune(task.load_model(), plan, task.settle), batches)
 
     levels = [_levels(np.zeros_like(channels), channels, min_channels)]
     steps = len(DEPTHS) * (1 + sum(len(found) for found in levels[0]))
@@ -214,8 +245,9 @@ def measure_curves(
     stages: list[Stage] = []
     for depth in DEPTHS:
         context = np.zeros(len(channels), dtype=np.int64)
-        if stages:
-            context = sensitivity(demand(depth), LossCurves(criterion, names, tuple(stages)), macs, 1.0)
+        if stages:  # where every width is allowed, the order alone is the best choice
+            so_far = LossCurves(criterion, names, tuple(stages)).prices(demand(depth).unit_scores())
+            context = _in_order(demand(depth), so_far, macs, 1.0)
         base = loss_of(context)
         counts = _levels(context, channels, min_channels)
         losses: list[tuple[float, ...]] = []

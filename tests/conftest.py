@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from profiles.device import Device
 
 # Ultralytics reads this once, when it is imported: its settings file must not be the user's.
-os.environ.setdefault("YOLO_CONFIG_DIR", tempfile.mkdtemp(prefix="paretoprune-tests-"))
+if "YOLO_CONFIG_DIR" not in os.environ:
+    _settings = tempfile.TemporaryDirectory(prefix="paretoprune-tests-")  # removed when the tests end
+    os.environ["YOLO_CONFIG_DIR"] = _settings.name
 
 
 @pytest.fixture(autouse=True)

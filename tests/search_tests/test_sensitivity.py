@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from search.allocation import Demand, Widths
 from search.budget import cost_removed
 from search.costs import WidthCost
 from search.groups import ChannelGroups, find_groups
-from search.sensitivity import LossCurves, Stage, mean_loss, measure_curves, sensitivity
+from search.sensitivity import DEPTHS, LossCurves, Stage, mean_loss, measure_curves, sensitivity
 
 from .test_budget import make_profile
 
@@ -118,6 +119,24 @@ def test_cost_matters_as_much_as_beta_says(measured: Any) -> None:
     assert saved[1] >= saved[0]
 
 
+@pytest.mark.parametrize("ratio", [0.25, 0.5, 0.7])
+def test_no_other_allowed_widths_lose_less(measured: Any, ratio: float) -> None:
+    """Every choice of widths is tried; the budget is linear, so the knapsack is exact."""
+    _, groups, macs, scores, curves, _ = measured
+    total = float(groups.unit_channels.sum())
+    demand = Demand(groups, scores, ratio, lambda gone: gone.sum(axis=1) / total, Widths(8, 8))
+    losses = [np.concatenate([[0.0], np.cumsum(p)]) for p in curves.prices(scores)]
+    chosen = sensitivity(demand, curves, macs, 0.0)
+    every = itertools.product(*(demand.widths.options(int(c)) for c in groups.unit_channels))
+    best = min(
+        sum(float(loss[c]) for loss, c in zip(losses, counts, strict=True))
+        for counts in every
+        if sum(counts) / total >= sum(chosen) / total
+    )
+    assert sum(float(loss[c]) for loss, c in zip(losses, chosen, strict=True)) == pytest.approx(best)
+    assert abs(sum(chosen) / total - ratio) <= 8 / total
+
+
 def test_the_first_stage_is_the_loss_of_networks_pruned_by_hand(measured: Any) -> None:
     task, _, _, scores, curves, _ = measured
     batches = list(task.calibration(12, 4))
@@ -136,7 +155,7 @@ def test_later_stages_stand_on_deeper_networks(measured: Any) -> None:
     depths = [
         float(cost_removed(macs)(groups.spread(np.array(stage.context))[None])[0]) for stage in curves.stages
     ]
-    np.testing.assert_allclose(depths, [0.0, 0.35, 0.6], atol=0.1)
+    np.testing.assert_allclose(depths, DEPTHS, atol=0.1)
     for stage in curves.stages:
         for context, counts, total in zip(stage.context, stage.counts, groups.unit_channels, strict=True):
             assert all(context < count <= total - 4 for count in counts)
@@ -183,7 +202,7 @@ def test_scores_decide_where_a_curve_is_flat() -> None:
 def test_json_both_ways_and_what_it_refuses() -> None:
     curves = curves_of((Stage((0,), 1.0, ((2,),), ((3.0,),)),))
     assert LossCurves.from_json(curves.to_json()) == curves
-    with pytest.raises(ValueError, match="format_version must be 1, got 7"):
+    with pytest.raises(ValueError, match="format_version must be 2, got 7"):
         LossCurves.from_json({**curves.to_json(), "format_version": 7})
     with pytest.raises(ValueError, match="losses must be finite"):
         curves_of((Stage((0,), 1.0, ((2,),), ((float("nan"),),)),))
