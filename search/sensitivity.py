@@ -40,6 +40,8 @@ LEVELS = (0.25, 0.5, 0.75, 0.9375)
 DEPTHS = (0.0, 0.35, 0.6, 0.8)
 #: Weight of the first-order scores beside the measured curve: they decide where the curve is flat or noisy.
 _FIRST_ORDER = 0.05
+#: How often a choice is made again around what it came to.
+_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -87,33 +89,44 @@ class LossCurves:
                 bad = [value for value in values if not np.isfinite(value)]
                 raise ValueError(f"losses must be finite, got {bad[:3]}")
 
-    def prices(self, unit_scores: Sequence[FloatArray]) -> list[FloatArray]:
+    def prices(self, unit_scores: Sequence[FloatArray], removed: float = np.inf) -> list[FloatArray]:
         """Per unit what its i-th removal raises the loss by, `(channels,)`, never falling.
 
         Args:
             unit_scores: first-order estimates of the same, see `Demand.unit_scores`.
+            removed: channels that the network in question has lost, over all units. Curves are those measured
+                around the networks nearest to it, in proportion; by default around the deepest.
         """
+        depths = [float(sum(stage.context)) for stage in self.stages]
+        at = float(np.interp(removed, depths, range(len(depths))))
+        shallow, deep = int(at), min(int(at) + 1, len(depths) - 1)
         result = []
         for u, scores in enumerate(unit_scores):
-            counts, rises = self._rise(u)
-            curve = np.interp(np.arange(counts[-1] + 1), counts, rises)
-            # Beyond what was measured the curve goes on as it ended.
-            steps = np.diff(_hull(curve)) if len(curve) > 1 else np.zeros(1)
-            steps = np.pad(steps, (0, max(len(scores) - len(steps), 0)), mode="edge")[: len(scores)]
-            result.append(np.maximum.accumulate(steps + _FIRST_ORDER * scores))
+            curve = (1 - (at - shallow)) * self._curve(u, len(scores), shallow)
+            curve += (at - shallow) * self._curve(u, len(scores), deep)
+            result.append(np.maximum.accumulate(np.diff(_hull(curve)) + _FIRST_ORDER * scores))
         return result
 
-    def _rise(self, unit: int) -> tuple[list[int], list[float]]:
+    def _curve(self, unit: int, channels: int, stage: int) -> FloatArray:
+        """The unit's rise at 0, 1, ..., channels removed, by the stages up to one."""
+        counts, rises = self._rise(unit, stage)
+        curve = np.interp(np.arange(channels + 1), counts, rises)
+        # Beyond what was measured the curve goes on as it ended.
+        slope = (rises[-1] - rises[-2]) / (counts[-1] - counts[-2]) if len(counts) > 1 else 0.0
+        curve[counts[-1] :] += slope * np.arange(channels + 1 - counts[-1])
+        return curve
+
+    def _rise(self, unit: int, stage: int) -> tuple[list[int], list[float]]:
         """Points of a unit's curve: each stage's part from where its context stands to the next one's."""
         counts, rises = [0], [0.0]
-        for stage in self.stages:
-            start = stage.context[unit]
+        for around in self.stages[: stage + 1]:
+            start = around.context[unit]
             height = float(np.interp(start, counts, rises))
             kept = [i for i, count in enumerate(counts) if count < start]
             counts, rises = [*(counts[i] for i in kept), start], [*(rises[i] for i in kept), height]
-            for count, loss in zip(stage.counts[unit], stage.losses[unit], strict=True):
+            for count, loss in zip(around.counts[unit], around.losses[unit], strict=True):
                 counts.append(count)
-                rises.append(max(rises[-1], height + loss - stage.loss))
+                rises.append(max(rises[-1], height + loss - around.loss))
         return counts, rises
 
     def to_json(self) -> dict[str, Any]:
@@ -159,13 +172,16 @@ def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float
     """
     if demand.ratio == 0.0:
         return np.zeros(len(demand.groups.units), dtype=np.int64)
-    prices = curves.prices(demand.unit_scores())
-    start = _in_order(demand, prices, cost, beta)
-    # The knapsack weighs loss against the budget. So scaled, it is against cost ** beta, whatever the budget.
-    scale = _saved_per_channel(demand, demand.share, start)
-    scale = scale / _saved_per_channel(demand, cost_removed(cost), start) ** beta
-    losses = [np.concatenate([[0.0], np.cumsum(p)]) * s for p, s in zip(prices, scale, strict=True)]
-    return cheapest(demand, losses, start)
+    counts = _in_order(demand, curves, cost, beta)
+    for _ in range(_ROUNDS):
+        # The knapsack weighs loss against the budget. So scaled, it is against cost ** beta, whatever the
+        # budget.
+        scale = _saved_per_channel(demand, demand.share, counts)
+        scale = scale / _saved_per_channel(demand, cost_removed(cost), counts) ** beta
+        prices = curves.prices(demand.unit_scores(), float(counts.sum()))
+        losses = [np.concatenate([[0.0], np.cumsum(p)]) * s for p, s in zip(prices, scale, strict=True)]
+        counts = cheapest(demand, losses, counts)
+    return counts
 
 
 def _saved_per_channel(demand: Demand, share: ShareRemoved, point: IntArray) -> FloatArray:
@@ -180,20 +196,22 @@ def _saved_per_channel(demand: Demand, share: ShareRemoved, point: IntArray) -> 
     return result
 
 
-def _in_order(demand: Demand, prices: Sequence[FloatArray], cost: WidthCost, beta: float) -> IntArray:
+def _in_order(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float) -> IntArray:
     """Channels one by one in ascending order of price over `cost ** beta`; `(U,)` settled counts.
 
-    Savings shrink as neighbours do, so they are taken again around what was found.
+    Savings shrink as neighbours do and prices rise as others go, so both are taken again around what was
+    found.
     """
-    groups = demand.groups
-    owner = np.repeat(np.arange(len(prices)), [len(p) for p in prices])
-    flat = np.concatenate(prices)
-    counts = np.zeros(len(prices), dtype=np.int64)
-    for _ in range(3 if beta > 0 else 1):
+    groups, scores = demand.groups, demand.unit_scores()
+    owner = np.repeat(np.arange(len(scores)), [len(s) for s in scores])
+    counts, removed = np.zeros(len(scores), dtype=np.int64), np.inf
+    for _ in range(_ROUNDS):
+        prices = np.concatenate(curves.prices(scores, removed))
         saved = groups.gather(cost.marginal(groups.spread(counts)))
         saved = np.maximum(saved, saved.max() * 1e-6)
         weight = (saved / saved.max()) ** beta
-        counts = cut(demand, owner[np.argsort(flat / weight[owner], kind="stable")])
+        counts = cut(demand, owner[np.argsort(prices / weight[owner], kind="stable")])
+        removed = float(counts.sum())
     return counts
 
 
@@ -246,8 +264,7 @@ def measure_curves(
     for depth in DEPTHS:
         context = np.zeros(len(channels), dtype=np.int64)
         if stages:  # where every width is allowed, the order alone is the best choice
-            so_far = LossCurves(criterion, names, tuple(stages)).prices(demand(depth).unit_scores())
-            context = _in_order(demand(depth), so_far, macs, 1.0)
+            context = _in_order(demand(depth), LossCurves(criterion, names, tuple(stages)), macs, 1.0)
         base = loss_of(context)
         counts = _levels(context, channels, min_channels)
         losses: list[tuple[float, ...]] = []

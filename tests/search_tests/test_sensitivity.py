@@ -199,6 +199,18 @@ def test_scores_decide_where_a_curve_is_flat() -> None:
     assert (np.diff(prices) > 0).all()
 
 
+def test_prices_are_those_of_the_networks_nearest_by() -> None:
+    """Around the unpruned network a channel costs 1, around one that lost 4 channels 3."""
+    shallow = Stage((0,), 1.0, ((4, 8),), ((5.0, 9.0),))
+    deep = Stage((4,), 5.0, ((8,),), ((17.0,),))
+    curves, scores = curves_of((shallow, deep)), [np.zeros(10)]
+    np.testing.assert_allclose(curves.prices(scores, 0)[0], 1.0)
+    np.testing.assert_allclose(curves.prices(scores, 4)[0], [1.0] * 4 + [3.0] * 6)
+    np.testing.assert_allclose(curves.prices(scores, 2)[0], [1.0] * 4 + [2.0] * 6)
+    np.testing.assert_allclose(curves.prices(scores)[0], curves.prices(scores, 4)[0])
+    np.testing.assert_allclose(curves.prices(scores, 9)[0], curves.prices(scores, 4)[0])
+
+
 def test_json_both_ways_and_what_it_refuses() -> None:
     curves = curves_of((Stage((0,), 1.0, ((2,),), ((3.0,),)),))
     assert LossCurves.from_json(curves.to_json()) == curves
