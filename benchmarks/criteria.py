@@ -85,8 +85,8 @@ class Way:
         return f"{self.criterion}, {self.allocation}, beta {self.beta:g}, {self.cost}"
 
 
-#: Beta was chosen among 0.25, 0.5 and 1 on the same images: at 65% and 45% of the latency 0.25 was best, at 30%
-#: 1. One value for all points here; a study searches it.
+#: Beta was chosen among 0.25, 0.5 and 1 on the same images: at 65% and 45% of the latency 0.25 was best, at
+#: 30% it was 1. One value for all points here; a study searches it.
 OURS = Way("taylor", "sensitivity", 0.25, "marginal")
 BEATEN = (Way("taylor", "rank"), Way("taylor", "knapsack"), Way("l1", "uniform"))
 CORE = (OURS, *BEATEN)
