@@ -230,7 +230,8 @@ def _body(
         "<header>",
         f"<h1>{html.escape(study)}</h1>",
         '<p class="soft">Pruned versions worth shipping, for each device: nothing measured is both faster '
-        f"and more accurate. {total} trials on {len(fronts)} devices.</p>",
+        f"and more accurate. {total} trial{'s' * (total != 1)} on {len(fronts)} "
+        f"device{'s' * (len(fronts) != 1)}.</p>",
     ]
     if len(fronts) > 1:
         links = (f'<a href="#device{n}">{html.escape(f.device)}</a>' for n, f in enumerate(fronts))
