@@ -47,9 +47,8 @@ class ChannelGroup:
     """Channels that can only be removed together.
 
     A residual stream is the typical case: channel j of every layer that adds into it, the batch norms behind
-        them and
-    input j of every layer that reads it. Removing the group's channel j removes all of these; the rest of the
-    network is then exactly what it was with that channel silenced.
+    them and input j of every layer that reads it. Removing the group's channel j removes all of these; the
+    rest of the network is then exactly what it was with that channel silenced.
     """
 
     name: str
