@@ -227,20 +227,21 @@ class Shop:
             "min_channels": self.study.search.min_channels,
         }
         cache = Cache(self.workspace.cache)
-        if not refresh:
-            cached = cache.get("curves", key, LossCurves.from_json)
-            if cached is not None:
-                self.notice(f"loss curves: {criterion} found in the cache")
-                return cached
-        start = time.monotonic()
+        cached = None if refresh else cache.get("curves", key, LossCurves.from_json)
+        if cached is not None and cached.is_whole:
+            self.notice(f"loss curves: {criterion} found in the cache")
+            return cached
+        start, found = time.monotonic(), 0
 
         def on_step(done: int, steps: int) -> None:
+            nonlocal found
+            found += 1
             if done % 50 == 0 or done == steps:
-                left_s = (time.monotonic() - start) / done * (steps - done)
+                left_s = (time.monotonic() - start) / found * (steps - done)
                 self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
 
         self.notice(f"loss curves: measuring every group on {images} images")
-        curves = measure_curves(
+        return measure_curves(
             self.task,
             self.groups,
             group_scores(self.scores(criterion).layers, self.groups),
@@ -249,10 +250,11 @@ class Shop:
             images=images,
             batch=batch,
             min_channels=self.study.search.min_channels,
+            known=() if cached is None else cached.stages,
             on_step=on_step,
+            # Each stage takes minutes, and what an interruption leaves is gone on from.
+            on_stage=lambda curves: cache.put("curves", key, curves.to_json()),
         )
-        cache.put("curves", key, curves.to_json())
-        return curves
 
     def baseline(self, device: Device) -> Artifact:
         """The unpruned model exported for a device; exported once, so that every trial is measured against

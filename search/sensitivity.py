@@ -9,8 +9,9 @@ of it at a few depths. Computed once and cached, like the scores; knows no devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from .costs import WidthCost
 from .groups import ChannelGroups
 from .knapsack import cheapest
 from .plan import PruningPlan
+from .prefix import SharedPrefix
 from .prune import prune
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class LossCurves:
     Attributes:
         criterion: decides which channels of a group go first.
         units: names of the units' first groups.
-        stages: from the unpruned network on, deeper each time.
+        stages: from the unpruned network on, deeper each time, one for each of `DEPTHS` in the end.
 
     Raises:
         ValueError: a stage is of another number of units, or a loss is not finite.
@@ -88,6 +90,11 @@ class LossCurves:
             if not np.isfinite(values).all():
                 bad = [value for value in values if not np.isfinite(value)]
                 raise ValueError(f"losses must be finite, got {bad[:3]}")
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether no stage is missing, as after an interruption."""
+        return len(self.stages) == len(DEPTHS)
 
     def prices(self, unit_scores: Sequence[FloatArray], removed: float = np.inf) -> list[FloatArray]:
         """Per unit what its i-th removal raises the loss by, `(channels,)`, never falling.
@@ -225,7 +232,9 @@ def measure_curves(
     images: int,
     batch: int,
     min_channels: int,
+    known: Sequence[Stage] = (),
     on_step: Callable[[int, int], None] = lambda done, steps: None,
+    on_stage: Callable[[LossCurves], object] = lambda curves: None,
 ) -> LossCurves:
     """Measure the curves of a model.
 
@@ -238,7 +247,9 @@ def measure_curves(
         macs: the MACs as a function of widths, by which the depths are chosen.
         images, batch: calibration sample.
         min_channels: kept by every unit at least.
+        known: the first stages, where they were measured before.
         on_step: called with the losses measured so far and their number.
+        on_stage: called with the curves after each stage, to be kept.
 
     Raises:
         ValueError: the loss is not finite.
@@ -246,39 +257,44 @@ def measure_curves(
     with host_lock("scores"):
         batches = list(task.calibration(images, batch))
     channels = groups.unit_channels
-    widths = Widths(1, min_channels)
     names = tuple(groups.groups[unit[0]].name for unit in groups.units)
+    unpruned = np.zeros_like(channels)
 
     def demand(ratio: float) -> Demand:
-        return Demand(groups, scores, ratio, cost_removed(macs), widths)
+        return Demand(groups, scores, ratio, cost_removed(macs), Widths(1, min_channels))
 
-    def loss_of(counts: IntArray) -> float:
+    def pruned(counts: IntArray) -> nn.Module:
         plan = PruningPlan.of(task.model_key, groups, demand(0.0).pick(counts))
-        with host_lock("scores"):  # one network at a time: another worker's measurement need not wait for all
-            return mean_loss(task, prune(task.load_model(), plan, task.settle), batches)
+        return by_the_batch(prune(task.load_model(), plan, task.settle))
 
-    levels = [_levels(np.zeros_like(channels), channels, min_channels)]
-    steps = len(DEPTHS) * (1 + sum(len(found) for found in levels[0]))
-    done = 0
-    stages: list[Stage] = []
-    for depth in DEPTHS:
-        context = np.zeros(len(channels), dtype=np.int64)
-        if stages:  # where every width is allowed, the order alone is the best choice
-            context = _in_order(demand(depth), LossCurves(criterion, names, tuple(stages)), macs, 1.0)
-        base = loss_of(context)
+    curves = LossCurves(criterion, names, tuple(known))
+    per_stage = sum(len(found) for found in _levels(unpruned, channels, min_channels))
+    steps, done = len(DEPTHS) * per_stage, len(known) * per_stage
+    for depth in DEPTHS[len(known) :]:
+        context = unpruned
+        if curves.stages:  # where every width is allowed, the order alone is the best choice
+            context = _in_order(demand(depth), curves, macs, 1.0)
         counts = _levels(context, channels, min_channels)
-        losses: list[tuple[float, ...]] = []
-        for u, tried in enumerate(counts):
+        # One network at a time under the lock: another worker's measurement need not wait for all.
+        with host_lock("scores"):
+            network = pruned(context)
+            with _counted(network) as seen:
+                around = SharedPrefix(network, lambda model, batch: float(task.loss(model, batch)), batches)
+        losses = []
+        for u, tried in enumerate(counts):  # in the order of the network, which is that of running it
             row = []
             for count in tried:
                 changed = context.copy()
                 changed[u] = count
-                row.append(loss_of(changed))
+                with host_lock("scores"):
+                    row.append(around.loss_of(pruned(changed)) / seen.images)
                 done += 1
                 on_step(min(done, steps), steps)
             losses.append(tuple(row))
-        stages.append(Stage(tuple(int(c) for c in context), base, counts, tuple(losses)))
-    return LossCurves(criterion, names, tuple(stages))
+        stage = Stage(tuple(int(c) for c in context), around.loss / seen.images, counts, tuple(losses))
+        curves = replace(curves, stages=(*curves.stages, stage))
+        on_stage(curves)
+    return curves
 
 
 def _levels(context: IntArray, channels: IntArray, min_channels: int) -> tuple[tuple[int, ...], ...]:
@@ -291,28 +307,46 @@ def _levels(context: IntArray, channels: IntArray, min_channels: int) -> tuple[t
     return tuple(result)
 
 
-def mean_loss(task: Task, model: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean loss per image, batch norm by the statistics of each batch, all else as in inference."""
-    import torch
-    from torch import nn
+def by_the_batch(model: nn.Module) -> nn.Module:
+    """Have batch norm use the statistics of each batch, and all else run as in inference; in place."""
     from torch.nn.modules.batchnorm import _BatchNorm
 
     model.eval()
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.train()
-    images = 0
+    return model
+
+
+@dataclass
+class _Seen:
+    images: int = 0
+
+
+@contextmanager
+def _counted(model: nn.Module) -> Iterator[_Seen]:
+    """Count the images that a network is given: only the task knows what a batch looks like, but the first
+    layer sees how many images it holds.
+    """
+    from torch import nn
+
+    seen = _Seen()
 
     def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        nonlocal images
-        images += len(inputs[0])
+        seen.images += len(inputs[0])
 
-    # Only the task knows what a batch looks like; the first layer sees how many images it holds.
     first = next(m for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     handle = first.register_forward_pre_hook(count)
     try:
-        with torch.no_grad():
-            total = sum(float(task.loss(model, batch)) for batch in batches)
+        yield seen
     finally:
         handle.remove()
-    return total / images
+
+
+def mean_loss(task: Task, model: nn.Module, batches: Iterable[Any]) -> float:
+    """Mean loss per image, see `by_the_batch`."""
+    import torch
+
+    with _counted(by_the_batch(model)) as seen, torch.no_grad():
+        total = sum(float(task.loss(model, batch)) for batch in batches)
+    return total / seen.images

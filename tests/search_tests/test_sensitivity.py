@@ -18,6 +18,8 @@ from search.allocation import Demand, Widths
 from search.budget import cost_removed
 from search.costs import WidthCost
 from search.groups import ChannelGroups, find_groups
+from search.plan import PruningPlan
+from search.prune import prune
 from search.sensitivity import DEPTHS, LossCurves, Stage, mean_loss, measure_curves, sensitivity
 
 from .test_budget import make_profile
@@ -161,6 +163,44 @@ def test_later_stages_stand_on_deeper_networks(measured: Any) -> None:
             assert all(context < count <= total - 4 for count in counts)
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
     assert heard[-1][0] <= heard[-1][1]
+
+
+def test_an_interrupted_measurement_goes_on_where_it_was(measured: Any) -> None:
+    task, groups, macs, scores, curves, heard = measured
+    again: list[tuple[int, int]] = []
+    kept: list[LossCurves] = []
+    whole = measure_curves(
+        task,
+        groups,
+        scores,
+        macs,
+        criterion="taylor",
+        images=12,
+        batch=4,
+        min_channels=4,
+        known=curves.stages[:2],
+        on_step=lambda done, steps: again.append((done, steps)),
+        on_stage=kept.append,
+    )
+    assert whole == curves == kept[-1]
+    assert whole.is_whole
+    assert [len(found.stages) for found in kept] == [3, 4]
+    assert not kept[0].is_whole
+    assert len(again) < len(heard)
+    assert again[0][0] > again[0][1] / 2
+
+
+def test_later_losses_are_those_of_the_networks_by_themselves(measured: Any) -> None:
+    task, groups, macs, scores, curves, _ = measured
+    batches, stage = list(task.calibration(12, 4)), curves.stages[2]
+    demand = Demand(groups, scores, 0.0, cost_removed(macs), Widths(1, 4))
+    for u, counts in enumerate(stage.counts):
+        for count, loss in zip(counts, stage.losses[u], strict=True):
+            changed = np.array(stage.context)
+            changed[u] = count
+            plan = PruningPlan.of(task.model_key, groups, demand.pick(changed))
+            network = prune(task.load_model(), plan, task.settle)
+            assert loss == pytest.approx(mean_loss(task, network, batches), rel=1e-6)
 
 
 def test_batch_norm_counts_by_the_batch_and_images_are_counted() -> None:

@@ -30,6 +30,7 @@ from search.planning import make_plan, rerank
 from search.prediction import predict_ms
 from search.prune import WidthError, check_widths
 from search.result import TrialParams, TrialResult
+from search.sensitivity import DEPTHS, LossCurves, Stage
 from search.stopping import OpenGate
 from search.studyfile import StudyFile, StudyFileError, load_study_file
 from search.tables import plan_json, plan_table, profile_json, profile_table, score_json, score_table
@@ -496,6 +497,32 @@ def test_a_profile_is_measured_once_and_again_on_another_machine(
     told.clear()
     fresh.profile(device)
     assert told == ["profile: measuring every layer on ort (another)"]
+
+
+def test_curves_go_on_from_the_last_whole_stage(
+    study: StudyFile, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = Shop(study, Workspace(tmp_path), notice=lambda text: None)
+    begun_with: list[int] = []
+
+    def measure(*_: Any, known: Any, on_stage: Callable[[LossCurves], Any], **__: Any) -> LossCurves:
+        begun_with.append(len(known))
+        stages = list(known)
+        while len(stages) < len(DEPTHS):
+            stages.append(Stage((len(stages),), 1.0, ((9,),), ((2.0,),)))
+            on_stage(LossCurves("taylor", ("a",), tuple(stages)))
+            if len(stages) == 2 and len(begun_with) == 1:
+                raise KeyboardInterrupt
+        return LossCurves("taylor", ("a",), tuple(stages))
+
+    monkeypatch.setattr(search.bench, "measure_curves", measure)
+    with pytest.raises(KeyboardInterrupt):
+        own.curves("taylor", bench.profile)
+    curves = own.curves("taylor", bench.profile)
+    assert [stage.context for stage in curves.stages] == [(n,) for n in range(len(DEPTHS))]
+    assert own.curves("taylor", bench.profile) == curves
+    own.curves("taylor", bench.profile, refresh=True)
+    assert begun_with == [0, 2, 0]
 
 
 def test_the_baseline_is_exported_once(shop: Shop, bench: Bench) -> None:
