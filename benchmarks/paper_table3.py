@@ -35,6 +35,8 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 
 from objectives.task import Recovery  # noqa: E402  # The repository is not installed as a package.
 from profiles.artifact import export_artifact  # noqa: E402
+from profiles.latency_profile import LatencyProfile, LayerProfile  # noqa: E402
+from profiles.lock import host_lock  # noqa: E402
 from profiles.measure import compare  # noqa: E402
 from search.bench import Shop  # noqa: E402
 from search.planning import make_plan, rerank  # noqa: E402
@@ -84,13 +86,19 @@ class Physical:
     after: float
 
 
+def convolutions(profile: LatencyProfile) -> list[LayerProfile]:
+    return [layer for layer in profile.layers if layer.op == "conv"]
+
+
 def project(bench: Bench, beta: float) -> Projection:
     """Rank the channels of all convolutions, each layer on its own, and remove the lowest 30%."""
     scores = bench.scores["taylor"].layers
     profile = bench.profile
-    layers = [layer for layer in profile.layers if layer.layer in scores and layer.op == "conv"]
+    layers = convolutions(profile)
     delta = profile.delta_ms
-    weighed = hardware_scores({layer.layer: scores[layer.layer] for layer in layers}, normalise(delta), beta)
+    # The one without a score is the DFL convolution, whose weights are fixed: it counts and never goes.
+    found = {c.layer: scores.get(c.layer, np.full(c.out_channels, np.inf)) for c in layers}
+    weighed = hardware_scores(found, normalise(delta), beta)
     owner = np.repeat(np.arange(len(layers)), [layer.out_channels for layer in layers])
     order = np.argsort(np.concatenate([weighed[layer.layer] for layer in layers]), kind="stable")
     removed = int(RATIO * len(order))
@@ -123,7 +131,8 @@ def prune_for_real(bench: Bench, beta: float, epochs: int, folder: Path, limit_s
         accuracies.append(accuracy)
         return True
 
-    task.recover(model, Recovery(epochs=epochs, batch=8), folder, on_epoch)
+    with host_lock("training"):
+        task.recover(model, Recovery(epochs=epochs, batch=8), folder, on_epoch)
     return Physical(beta, found.ratio, found.ratio_ci, before, max(accuracies))
 
 
@@ -195,7 +204,7 @@ def main() -> int:
         study = load_study_file(folder / "study.yaml")
         shop = Shop(study, Workspace(study.folder), notice=lambda text: print(text, file=sys.stderr))
         bench = shop.bench(study.devices[0].device())
-        known = [layer for layer in bench.profile.layers if layer.layer in bench.scores["taylor"].layers]
+        known = convolutions(bench.profile)
         result: dict[str, Any] = {
             "convolutions": len(known),
             "channels": sum(layer.out_channels for layer in known),
