@@ -56,6 +56,11 @@ class Widths:
         return np.concatenate([[0], channels - kept[::-1]])
 
 
+def unit_scores(groups: ChannelGroups, scores: Sequence[FloatArray]) -> list[FloatArray]:
+    """Per unit what its i-th removal costs: tied groups lose their i-th lowest channels together."""
+    return [np.sum([np.sort(scores[i]) for i in unit], axis=0) for unit in groups.units]
+
+
 @dataclass(frozen=True, eq=False)
 class Demand:
     """What an allocation is asked for.
@@ -82,11 +87,8 @@ class Demand:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
 
     def unit_scores(self) -> list[FloatArray]:
-        """Per unit what its i-th removal costs: tied groups lose their i-th lowest channels together."""
-        result = []
-        for unit in self.groups.units:
-            result.append(np.sum([np.sort(self.scores[i]) for i in unit], axis=0))
-        return result
+        """See `unit_scores`."""
+        return unit_scores(self.groups, self.scores)
 
     def pick(self, counts: IntArray) -> dict[str, IntArray]:
         """Group name to sorted indices of its lowest-scored channels, for `(U,)` counts; none, no entry."""

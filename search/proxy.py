@@ -1,23 +1,81 @@
-"""A cheap stand-in for accuracy: how much of the channel scores a plan keeps. No forward pass, no training.
+"""A cheap stand-in for accuracy: what a plan keeps, by numbers that are cached. No forward pass, no training.
 
-Orders plans of one model, roughly: a first-order score says nothing of what removed channels meant to each
-other. Knows neither devices nor what a trial measured.
+By the loss curves where the study has them, else by the channel scores. Orders plans of one model, roughly: a
+first-order score says nothing of what removed channels meant to each other, a curve nothing of other groups.
+Knows neither devices nor what a trial measured.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .allocation import unit_scores
 from .groups import ChannelGroups
 from .plan import PruningPlan
+from .rerank import group_scores
+
+if TYPE_CHECKING:
+    from .sensitivity import LossCurves
+    from .trial import Bench
+
+FloatArray = NDArray[np.float64]
 
 
-def score_kept(
-    plan: PruningPlan, scores: Sequence[NDArray[np.float64]], groups: ChannelGroups
-) -> float | None:
+@dataclass(frozen=True)
+class Proxy:
+    """What a plan promises.
+
+    Attributes:
+        kind: where it comes from, loss curves or scores; those of different kinds do not compare.
+        kept: see `loss_kept` and `score_kept`; in [0, 1], higher is better, 1 for the unpruned model.
+    """
+
+    kind: Literal["curves", "scores"]
+    kept: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": self.kind, "kept": self.kept}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Proxy:
+        return cls(data["kind"], float(data["kept"]))
+
+
+def promise(plan: PruningPlan, bench: Bench) -> Proxy | None:
+    """What a plan promises; by one criterion for all plans of a study, or their values would not compare.
+
+    Returns:
+        None where all channels score the same and nothing can be said.
+    """
+    criterion, scores = next(iter(bench.scores.items()))
+    by_group = group_scores(scores.layers, bench.groups)
+    # What whole blocks mean to the loss no curve says.
+    if criterion in bench.curves and not bench.blocks:
+        return Proxy("curves", loss_kept(plan, bench.curves[criterion], by_group, bench.groups))
+    kept = score_kept(plan, by_group, bench.groups)
+    return None if kept is None else Proxy("scores", kept)
+
+
+def loss_kept(
+    plan: PruningPlan, curves: LossCurves, scores: Sequence[FloatArray], groups: ChannelGroups
+) -> float:
+    """The unpruned model's loss over the one that its curves expect of a plan, in (0, 1].
+
+    Args:
+        scores: as of `score_kept`, by the curves' criterion.
+    """
+    counts = [len(plan.removed.get(name, ())) for name in curves.units]
+    prices = curves.prices(unit_scores(groups, scores), float(sum(counts)))
+    rise = sum(float(price[:count].sum()) for price, count in zip(prices, counts, strict=True))
+    return curves.stages[0].loss / (curves.stages[0].loss + rise)
+
+
+def score_kept(plan: PruningPlan, scores: Sequence[FloatArray], groups: ChannelGroups) -> float | None:
     """Share of all groups' scores that is left after a plan, in [0, 1]; 1 for the unpruned model.
 
     Args:

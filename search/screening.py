@@ -1,8 +1,8 @@
 """Screening: thousands of candidates planned and judged without a model, and the few worth starting with.
 
-A plan costs a millisecond: its latency comes from the device's latency model, its accuracy from the share of
-scores it keeps. Neither is a measurement; what is kept here is only tried first. Knows nothing of trials that
-ran.
+A plan costs milliseconds: its latency comes from the device's latency model, its accuracy from what it keeps
+(`search.proxy`). Neither is a measurement; what is kept here is only tried first. Knows nothing of trials
+that ran.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from typing import Any
 from .plan import PruningPlan
 from .planning import make_plan, rerank
 from .prediction import predict_ms
-from .proxy import score_kept
-from .rerank import group_scores
+from .proxy import promise
 from .result import TrialParams
 from .sections import Limits
 from .space import known_points, params_at, scattered_points
@@ -31,12 +30,12 @@ class Candidate:
     Attributes:
         position: its place in what was screened.
         predicted_ms: by the device's latency model.
-        score_kept: see `search.proxy`.
+        kept: see `search.proxy`.
     """
 
     position: int
     predicted_ms: float
-    score_kept: float
+    kept: float
 
 
 def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
@@ -69,22 +68,21 @@ def screen(
     Args:
         limit_s: no further candidate is planned after this; a very large network plans slowly.
     """
-    scores = group_scores(next(iter(bench.scores.values())).layers, bench.groups)
     base_ms = bench.profile.predict_ms({})
     slack = 1.0 - min(1.0, bench.profile.model.error or 0.0)
     scale = 1.0 if bench.baseline_ms is None else bench.baseline_ms / base_ms
     found: dict[tuple[str, str], Candidate] = {}
     for position, plan in _plans(bench, params, limit_s):
-        kept, predicted = score_kept(plan, scores, bench.groups), predict_ms(plan, bench.profile)
-        if kept is None or plan.is_empty or predicted >= base_ms:
+        proxy, predicted = promise(plan, bench), predict_ms(plan, bench.profile)
+        if proxy is None or plan.is_empty or predicted >= base_ms:
             continue
         if limits.latency_ms is not None and predicted * scale * slack > limits.latency_ms:
             continue
         way = (plan.digest, params[position].recovery)
-        found.setdefault(way, Candidate(position, predicted, kept))
+        found.setdefault(way, Candidate(position, predicted, proxy.kept))
     front: list[Candidate] = []
-    for candidate in sorted(found.values(), key=lambda c: (c.predicted_ms, -c.score_kept, c.position)):
-        if not front or candidate.score_kept > front[-1].score_kept:
+    for candidate in sorted(found.values(), key=lambda c: (c.predicted_ms, -c.kept, c.position)):
+        if not front or candidate.kept > front[-1].kept:
             front.append(candidate)
     return _spread(front, keep)
 

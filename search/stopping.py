@@ -18,6 +18,7 @@ from profiles.latency_profile import LatencyProfile
 
 from .plan import PruningPlan
 from .prediction import predict_ms
+from .proxy import Proxy
 from .result import TrialResult, way_of
 from .sections import Limits, StoppingSection
 
@@ -29,7 +30,7 @@ class TrialStopped(Exception):  # noqa: N818  (no error: it ends a trial early, 
 class Gate(Protocol):
     """Asked between a trial's steps; a text is the reason to stop there."""
 
-    def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None: ...
+    def planned(self, plan: PruningPlan, proxy: Proxy | None) -> str | None: ...
 
     def pruned(self, params: int) -> str | None: ...
 
@@ -43,7 +44,7 @@ class Gate(Protocol):
 class OpenGate:
     """Lets everything pass."""
 
-    def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None:
+    def planned(self, plan: PruningPlan, proxy: Proxy | None) -> str | None:
         return None
 
     def pruned(self, params: int) -> str | None:
@@ -80,14 +81,14 @@ class FrontGate:
     recovery: str = "finetune"
     _low_ms: float = 0.0
     _latency_ms: float = 0.0
-    _kept: float | None = None
+    _proxy: Proxy | None = None
     _curve: list[float] = field(default_factory=list)
 
     # -- before training
 
-    def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None:
+    def planned(self, plan: PruningPlan, proxy: Proxy | None) -> str | None:
         """A plan seen before, or one whose predicted latency rules it out."""
-        self._kept = score_kept
+        self._proxy = proxy
         twin = self.claim(way_of(plan.digest, self.recovery))
         if twin is not None:
             return f"the same plan as trial {twin}"
@@ -132,13 +133,13 @@ class FrontGate:
         )
 
     def _expected_ceiling(self) -> float | None:
-        """The highest accuracy that this share of kept scores promises, by the trials so far."""
-        seen = sorted(
-            (float(r.details["score_kept"]), _accuracy(r))
-            for r in self._alike()
-            if r.details.get("score_kept") is not None
-        )
-        if self._kept is None or len(seen) <= self.rules.after:
+        """The highest accuracy that what the plan keeps promises, by the trials so far."""
+        if self._proxy is None:
+            return None
+        earlier = [(r.details.get("proxy"), _accuracy(r)) for r in self._alike()]
+        promised = [(Proxy.from_json(data), accuracy) for data, accuracy in earlier if data is not None]
+        seen = sorted((p.kept, accuracy) for p, accuracy in promised if p.kind == self._proxy.kind)
+        if len(seen) <= self.rules.after:
             return None
         from scipy.optimize import isotonic_regression
 
@@ -146,7 +147,7 @@ class FrontGate:
         # Less kept cannot be expected to be better; how far trials stray from that is the scatter.
         fit = isotonic_regression(accuracies).x
         scatter = float(np.abs(accuracies - fit).max())
-        above = int(np.searchsorted(kept, self._kept))
+        above = int(np.searchsorted(kept, self._proxy.kept))
         if above == len(kept):
             return None
         return float(fit[above]) + scatter + self._margin

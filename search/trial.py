@@ -31,9 +31,8 @@ from .judge import TimedModel, Verdict, judge, size_mb, time_untrained
 from .plan import PruningPlan
 from .planning import make_plan, rerank
 from .prediction import predict_ms
-from .proxy import score_kept
+from .proxy import Proxy, promise
 from .prune import check_widths, prune
-from .rerank import group_scores
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
 from .sensitivity import LossCurves
@@ -129,9 +128,9 @@ def run_trial(
             scores = rerank(params, bench)
         with clock("plan"):
             plan = known.plan = make_plan(params, scores, bench)
-            known.score_kept = _score_kept(plan, bench)
+            known.proxy = promise(plan, bench)
             plan.save(folder / "plan.json")
-        _go_on(gate.planned(plan, known.score_kept))
+        _go_on(gate.planned(plan, known.proxy))
         with clock("prune"):
             model = bench.task.load_model()
             model = model if plan.is_empty else prune(model, plan, bench.task.settle)
@@ -155,12 +154,6 @@ def run_trial(
 def _go_on(reason: str | None) -> None:
     if reason is not None:
         raise TrialStopped(reason)
-
-
-def _score_kept(plan: PruningPlan, bench: Bench) -> float | None:
-    """The accuracy proxy, by one criterion for all trials of a study, or their values would not compare."""
-    scores = next(iter(bench.scores.values()))
-    return score_kept(plan, group_scores(scores.layers, bench.groups), bench.groups)
 
 
 def recover(
@@ -219,7 +212,7 @@ class _Known:
     """What a trial has found out so far."""
 
     plan: PruningPlan | None = None
-    score_kept: float | None = None
+    proxy: Proxy | None = None
     params: int | None = None
     timed: TimedModel | None = None
     epochs: list[float] = field(default_factory=list)
@@ -243,7 +236,7 @@ def _result(
     if verdict and verdict.accuracy is not None:
         accuracy = verdict.accuracy
     details: dict[str, Any] = {
-        "score_kept": known.score_kept,
+        "proxy": None if known.proxy is None else known.proxy.to_json(),
         "size_mb": known.timed.size_mb if known.timed else None,
         "removed_share": _removed_share(plan, bench),
         "blocks": list(plan.blocks),

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from objectives.task import Traceable
-from search.allocation import Demand, Widths
+from search.allocation import Demand, Widths, unit_scores
 from search.budget import cost_removed
 from search.costs import WidthCost
 from search.groups import ChannelGroups, find_groups
 from search.plan import PruningPlan
+from search.proxy import loss_kept
 from search.prune import prune
 from search.sensitivity import DEPTHS, LossCurves, Stage, mean_loss, measure_curves, sensitivity
 
@@ -249,6 +250,23 @@ def test_prices_are_those_of_the_networks_nearest_by() -> None:
     np.testing.assert_allclose(curves.prices(scores, 2)[0], [1.0] * 4 + [2.0] * 6)
     np.testing.assert_allclose(curves.prices(scores)[0], curves.prices(scores, 4)[0])
     np.testing.assert_allclose(curves.prices(scores, 9)[0], curves.prices(scores, 4)[0])
+
+
+def test_what_a_plan_keeps_is_the_measured_rise(measured: Any) -> None:
+    task, groups, _, scores, curves, _ = measured
+    demand, stage = Demand(groups, scores, 0.0, lambda gone: gone.sum(axis=1), Widths(1, 4)), curves.stages[0]
+
+    def kept(*counts: int) -> float:
+        plan = PruningPlan.of(task.model_key, groups, demand.pick(np.array(counts)))
+        return loss_kept(plan, curves, scores, groups)
+
+    assert kept(0, 0, 0) == 1.0
+    # One unit alone, its last measured level: all of the curve's hull up to there.
+    u = curves.units.index("needed")
+    lost = [0, 0, 0]
+    lost[u] = stage.counts[u][-1]
+    rise = sum(curves.prices(unit_scores(groups, scores), float(sum(lost)))[u][: lost[u]])
+    assert kept(*lost) == pytest.approx(stage.loss / (stage.loss + rise))
 
 
 def test_json_both_ways_and_what_it_refuses() -> None:

@@ -15,7 +15,7 @@ from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.timing import Timing
 from search.groups import ChannelGroup, ChannelGroups, Member
 from search.plan import PruningPlan
-from search.proxy import score_kept
+from search.proxy import Proxy, score_kept
 from search.result import TrialParams, TrialResult
 from search.sections import Limits, StoppingSection
 from search.stopping import FrontGate, pareto_ranks
@@ -61,12 +61,16 @@ def result(
         "latency_p90_ms": latency_ms,
         "speedup": 20 / latency_ms,
         "epochs": tuple(curve),
-        "details": {} if kept is None else {"score_kept": kept},
+        "details": {} if kept is None else {"proxy": Proxy("scores", kept).to_json()},
     }
     return TrialResult(trial=trial, accuracy=accuracy, latency_ms=latency_ms, **{**known, **more})
 
 
 #: The clock of the study runs at half the profile's speed: the unpruned model takes 20 ms.
+def promised(kept: float) -> Proxy:
+    return Proxy("scores", kept)
+
+
 UNPRUNED = result(0, 20.0, 0.8, kept=1.0)
 
 
@@ -87,23 +91,25 @@ def gate(
 
 
 def test_a_plan_that_another_trial_has_is_stopped() -> None:
-    assert gate(twin=7).planned(plan(50), 0.5) == "the same plan as trial 7"
-    assert gate().planned(plan(50), 0.5) is None
+    assert gate(twin=7).planned(plan(50), promised(0.5)) == "the same plan as trial 7"
+    assert gate().planned(plan(50), promised(0.5)) is None
 
 
 def test_a_predicted_latency_counts_with_its_error() -> None:
     limits = Limits(latency_ms=9.0)
-    why = gate(limits=limits).planned(plan(48), 0.5)  # 10.4 ms predicted, 9.36 at the least
+    why = gate(limits=limits).planned(plan(48), promised(0.5))  # 10.4 ms predicted, 9.36 at the least
     assert why is not None
     assert "outside the latency limit of 9 ms: predicted 10.40 ms ± 10%" in why
-    assert gate(limits=limits).planned(plan(51), 0.5) is None  # 9.8 ms predicted, 8.82 at the least
-    assert gate(limits=limits, error=0.02).planned(plan(51), 0.5) is not None
-    assert gate(limits=limits, error=None).planned(plan(1), 0.5) is None  # it was never held against anything
+    assert gate(limits=limits).planned(plan(51), promised(0.5)) is None  # 9.8 ms, 8.82 at the least
+    assert gate(limits=limits, error=0.02).planned(plan(51), promised(0.5)) is not None
+    assert (
+        gate(limits=limits, error=None).planned(plan(1), promised(0.5)) is None
+    )  # never held against anything
 
 
 def test_no_faster_than_unpruned() -> None:
-    assert gate().planned(plan(1), 0.99) is None
-    assert "no faster" in str(gate(error=0.0).planned(plan(0), 1.0))
+    assert gate().planned(plan(1), promised(0.99)) is None
+    assert "no faster" in str(gate(error=0.0).planned(plan(0), promised(1.0)))
     measured = gate()
     assert measured.measured(0.99, (0.90, 1.08), 1.0) is None
     assert "no faster than the unpruned model: measured 20.20 ms" in str(
@@ -129,23 +135,23 @@ SEEN = [
 
 def test_dominated_with_margin_before_training() -> None:
     # At most 0.50 + scatter 0.01 + margin 0.016 is expected of half the scores; trial 4 has 0.62 at 10 ms.
-    kept = {"removed": 40, "kept": 0.45}
     seen = gate(*SEEN)
-    why = seen.planned(plan(kept["removed"]), kept["kept"])  # type: ignore[arg-type]
+    why = seen.planned(plan(40), promised(0.45))
     assert why is not None
     assert why.startswith("dominated: predicted 12.00 ms ± 10%, at most 0.526")
     assert "trial 4 has 0.6200 at 10.00 ms" in why
-    assert gate(*SEEN).planned(plan(40), 0.60) is None  # as much is expected of it as trial 4 has
-    assert gate(*SEEN).planned(plan(60), 0.45) is None  # 8 ms, 7.2 at the least: nothing is that fast
-    assert gate(*SEEN, error=0.2).planned(plan(40), 0.45) is None  # 9.6 ms at the least: only trial 1
-    assert gate(*SEEN, margin=0.2).planned(plan(40), 0.45) is None
-    assert gate(*SEEN[:2]).planned(plan(40), 0.45) is None  # too few to expect anything of them
+    assert gate(*SEEN).planned(plan(40), promised(0.60)) is None  # as much is expected of it as trial 4 has
+    assert gate(*SEEN).planned(plan(60), promised(0.45)) is None  # 7.2 ms at the least
+    assert gate(*SEEN, error=0.2).planned(plan(40), promised(0.45)) is None  # 9.6 ms: only trial 1
+    assert gate(*SEEN, margin=0.2).planned(plan(40), promised(0.45)) is None
+    assert gate(*SEEN[:2]).planned(plan(40), promised(0.45)) is None  # too few to expect anything of them
     assert gate(*SEEN).planned(plan(40), None) is None
+    assert gate(*SEEN).planned(plan(40), Proxy("curves", 0.45)) is None  # of another kind than theirs
 
 
 def test_dominated_with_the_measured_latency() -> None:
     seen = gate(*SEEN, error=None)
-    assert seen.planned(plan(40), 0.45) is None
+    assert seen.planned(plan(40), promised(0.45)) is None
     assert "dominated: measured 12.00 ms, 1.667 times" in str(seen.measured(0.6, (0.55, 0.65), 1.0))
     assert seen.measured(0.6, (0.45, 0.8), 1.0) is None  # it may well be faster than trial 4
 

@@ -28,6 +28,7 @@ from search.judge import check_parity
 from search.plan import PruningPlan
 from search.planning import make_plan, rerank
 from search.prediction import predict_ms
+from search.proxy import Proxy
 from search.prune import WidthError, check_widths
 from search.result import TrialParams, TrialResult
 from search.sensitivity import DEPTHS, LossCurves, Stage
@@ -378,8 +379,8 @@ class StopAt(OpenGate):
         self.asked.append((step, *what))
         return f"stopped at {step}" if step == self.step else None
 
-    def planned(self, plan: PruningPlan, score_kept: float | None) -> str | None:
-        return self._answer("plan", score_kept)
+    def planned(self, plan: PruningPlan, proxy: Proxy | None) -> str | None:
+        return self._answer("plan", proxy)
 
     def pruned(self, params: int) -> str | None:
         return self._answer("prune", params)
@@ -418,8 +419,9 @@ def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path)
     assert [step for step, *_ in gate.asked] == (
         ["plan", "prune", "measure", "epoch 0", "epoch 1", "extra", "epoch 2"]
     )
-    assert told["plan"] == [result.details["score_kept"]]
-    assert 0.5 < result.details["score_kept"] < 1.0
+    assert [proxy.to_json() for proxy in told["plan"]] == [result.details["proxy"]]
+    assert result.details["proxy"]["kind"] == "scores"
+    assert 0.5 < result.details["proxy"]["kept"] < 1.0
     assert told["prune"] == [result.params]
     assert told["measure"][0] == pytest.approx(result.latency_ms / 10.0)  # type: ignore[operator]
     assert told["measure"][2] == pytest.approx(result.details["size_mb"], rel=0.01)
