@@ -1,11 +1,10 @@
 """The Pareto front of one device: the trials that no other trial beats in both accuracy and latency.
 
 Knows results only: not how they were measured, nor Optuna's own front. Accuracy is maximised, latency
-    minimised.
+minimised.
 
 Tie rule, the only one in the project: a point is dominated where another one is at least as good in both
-    values and
-better in one; of points equal in both, the one with the lowest trial number stays.
+values and better in one; of points equal in both, the one with the lowest trial number stays.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 Microseconds, no forward pass.
 
 Source: Nechypurenko & Sorokin 2026, doi 10.30837/0135-1710.2026.189.034, equations (5) to (7). Equation (7)
-    and its stated
-property decide (among channels of equal score the one of the slower layer goes first), not the sentence in
-section 6.3 that says the opposite.
+and its stated property decide (among channels of equal score the one of the slower layer goes first), not the
+sentence in section 6.3 that says the opposite.
 """
 
 from __future__ import annotations

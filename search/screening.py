@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any
 
 from .plan import PruningPlan
@@ -42,8 +43,9 @@ def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, 
     """What a study tries after the unpruned model, before its sampler has something to go on, as points of
     the searched space.
 
-    Known good points, and the best of many candidates by what their plans promise. A grid has none: it is
-    the whole list by itself.
+    Known good points, and in turns with them the best of many candidates by what their plans promise; both
+    from the most to the least pruned, so that few trials cover much of the front. A grid has none: it is the
+    whole list by itself.
     """
     search, settings = study.search, study.screening
     if search.sampler == "grid":
@@ -53,7 +55,8 @@ def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, 
     scattered = scattered_points(search, settings.candidates, study.seed) if keep else []
     params = [params_at(search, point, bench.profile.channel_multiple) for point in scattered]
     found = screen(bench, params, study.limits_of(device), keep)
-    return points + [scattered[candidate.position] for candidate in found]
+    screened = [scattered[candidate.position] for candidate in found]
+    return [p for pair in zip_longest(points, screened) for p in pair if p is not None]
 
 
 def screen(

@@ -2,8 +2,7 @@
 `TrialParams`.
 
 Two views of every searched key: the range a sampler draws from, and the wider one a trial is stored with,
-    which also
-holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial.
+which also holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ordinary trial.
 """
 
 from __future__ import annotations
@@ -140,8 +139,9 @@ def unpruned(params: TrialParams) -> TrialParams:
 def known_points(search: SearchSection) -> list[dict[str, Any]]:
     """Points worth trying before any sampler has something to go on, within the searched ranges.
 
-    Plain Taylor (beta 0) at a quarter, half and three quarters of the ratio range, and the paper's beta 0.5
-    at 30%; all with as many blocks as can be kept. Other searched keys are left to the sampler.
+    Plain Taylor (beta 0) at three quarters, half and a quarter of the ratio range, and the paper's beta 0.5
+    at 30%; all with as many blocks as can be kept. The deepest comes first: it covers most of the front by
+    itself. Other searched keys are left to the sampler.
     """
     space = searched_space(search)
 
@@ -156,9 +156,9 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
     ratio = space.get("ratio")
     low, high = (ratio.low, ratio.high) if isinstance(ratio, FloatDistribution) else (0.1, 0.7)
     points: list[dict[str, Any]] = []
-    for share in (0.5, 0.25, 0.75):
+    for share in (0.75, 0.5, 0.25):
         points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
-    points.append({**nearest("beta", 0.5), **nearest("ratio", 0.3)})
+    points.insert(2, {**nearest("beta", 0.5), **nearest("ratio", 0.3)})
     points = [{**point, **nearest("depth", 0.0)} for point in points]
     return [p for i, p in enumerate(points) if p and p not in points[:i]]
 

@@ -66,11 +66,11 @@ def result(
     return TrialResult(trial=trial, accuracy=accuracy, latency_ms=latency_ms, **{**known, **more})
 
 
-#: The clock of the study runs at half the profile's speed: the unpruned model takes 20 ms.
 def promised(kept: float) -> Proxy:
     return Proxy("scores", kept)
 
 
+#: The clock of the study runs at half the profile's speed: the unpruned model takes 20 ms.
 UNPRUNED = result(0, 20.0, 0.8, kept=1.0)
 
 
