@@ -1,13 +1,15 @@
-"""The start of a forward pass that several networks have in common, computed once.
+"""What forward passes of several networks have in common, computed once.
 
 Networks that differ from one network in a few layers compute the same as that one up to the first of these
-layers. The outputs of the modules before it are kept, for one place at a time, and handed out again. Works on
-any network that calls the same modules in the same order whatever their widths; knows nothing of pruning.
+layers, and behind it in every branch that does not see them. The outputs of such modules are kept and handed
+out again. Works on any network that calls the same modules in the same order whatever their widths; knows
+nothing of pruning.
 """
 
 from __future__ import annotations
 
-import math
+import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
@@ -18,13 +20,15 @@ from torch import Tensor, nn
 
 #: A network's loss on one batch, as a number.
 Loss = Callable[[nn.Module, Any], float]
+#: What a module is called with.
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class SharedPrefix:
-    """Losses of networks that have their first layers in common with one network.
+    """Losses of networks that have most of their layers in common with one network.
 
-    The work of a loss is that of the layers from the first different one on, and going from one such place
-    to one further on costs what lies between; so ask in the order in which the differing layers are run.
+    The work of a loss is that of the layers that see a difference, and going from one first difference to one
+    further on costs what lies between; so ask in the order in which the differing layers are run.
 
     Args:
         model: the network that the others are compared with; it is run, so its batch norm may move on.
@@ -50,29 +54,29 @@ class SharedPrefix:
 
     def loss_of(self, model: nn.Module) -> float:
         """Sum of the losses of another network over the batches, the very one that it has by itself."""
-        place = self._tape.first_of(_different(self._model, model))
-        if place is None:
+        different = self._tape.calls_of(_different(self._model, model))
+        if not different:
             return self.loss
         with torch.no_grad():
-            self._go_to(place)
+            self._go_to(min(different))
             total = 0.0
             for batch, kept in zip(self._batches, self._kept, strict=True):
-                with _watched(model, _Playback(self._tape, kept)):
+                with _watched(model, _Playback(self._tape, kept, different)):
                     total += self._loss_of(model, batch)
         return total
 
     def _go_to(self, place: int) -> None:
-        """Keep what is done before a call of the tape, and only that."""
+        """Keep what is done before a call of the tape, and what is known of branches behind it."""
         if place == self._place:
             return
         if place < self._place:
             self._kept = [{} for _ in self._batches]
         wanted = self._tape.done_before(place)
         for number, batch in enumerate(self._batches):
-            playback = _Playback(self._tape, self._kept[number], wanted, place)
-            with _watched(self._model, playback), suppress(_ReachedError):
+            recording = _Recording(self._tape, self._kept[number], wanted, place)
+            with _watched(self._model, recording), suppress(_ReachedError):
                 self._loss_of(self._model, batch)
-            self._kept[number] = playback.found
+            self._kept[number] = recording.found
         self._place = place
 
 
@@ -90,7 +94,7 @@ class _Tape:
         self.ends: list[int] = []
         self.gives_tensor: list[bool] = []
 
-    def record(self, name: str, run: Callable[[], Any]) -> Any:
+    def record(self, name: str, inputs: Inputs, run: Callable[[], Any]) -> Any:
         number = len(self.names)
         self.names.append(name)
         self.ends.append(0)
@@ -100,9 +104,9 @@ class _Tape:
         self.gives_tensor[number] = isinstance(output, Tensor)
         return output
 
-    def first_of(self, names: set[str]) -> int | None:
-        """The first call of any of these modules; None where none is called."""
-        return next((number for number, name in enumerate(self.names) if name in names), None)
+    def calls_of(self, names: set[str]) -> list[int]:
+        """The calls of any of these modules, ascending."""
+        return [number for number, name in enumerate(self.names) if name in names]
 
     def done_before(self, place: int) -> set[int]:
         """The calls that end before one begins, as few and as large as can be kept."""
@@ -121,26 +125,24 @@ class _ReachedError(Exception):
     """The place that was wanted; ends a forward pass there."""
 
 
-class _Playback:
-    """Answers calls from what was kept, and keeps more on the way.
+class _Recording:
+    """Runs the network up to a place, from what was kept before, and keeps what is done by then.
 
     Args:
-        kept: call to output.
+        kept: call to output; calls behind the place stay as they are.
         wanted: calls to be kept.
-        place: the call at which to end; by default none.
+        place: the call at which to end.
     """
 
-    def __init__(
-        self, tape: _Tape, kept: dict[int, Tensor], wanted: set[int] | None = None, place: float = math.inf
-    ):
+    def __init__(self, tape: _Tape, kept: dict[int, Tensor], wanted: set[int], place: int):
         self._tape = tape
         self._kept = kept
-        self._wanted = wanted or set()
+        self._wanted = wanted
         self._place = place
         self._next = 0
-        self.found = {number: output for number, output in kept.items() if number in self._wanted}
+        self.found = {n: output for n, output in kept.items() if n in wanted or n > place}
 
-    def __call__(self, name: str, run: Callable[[], Any]) -> Any:
+    def __call__(self, name: str, inputs: Inputs, run: Callable[[], Any]) -> Any:
         number = self._next
         if number == self._place:
             raise _ReachedError
@@ -154,12 +156,67 @@ class _Playback:
         return output
 
 
+class _Playback:
+    """Runs a network that differs, and leaves out what it has in common with the one that was kept.
+
+    Args:
+        kept: call to output, of all that ends before the first different call; outputs of branches that do
+            not see the difference are added.
+        different: calls of modules that differ, ascending.
+    """
+
+    def __init__(self, tape: _Tape, kept: dict[int, Tensor], different: Sequence[int]):
+        self._tape = tape
+        self._kept = kept
+        self._different = different
+        self._next = 0
+        self._inside_same = False
+        # Tensors known to hold what the other network has there, and how often they had been written to.
+        self._same: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def __call__(self, name: str, inputs: Inputs, run: Callable[[], Any]) -> Any:
+        number = self._next
+        end = self._tape.ends[number]
+        if number in self._kept and (number < self._different[0] or self._is_same(number, end, inputs)):
+            self._next = end
+            return self._noted(self._kept[number].clone())  # what follows may well write into it
+        self._next += 1
+        if self._inside_same or not self._is_same(number, end, inputs):
+            return run()
+        self._inside_same = True
+        try:
+            output = run()
+        finally:
+            self._inside_same = False
+        if not isinstance(output, Tensor):
+            return output
+        self._kept[number] = output.clone()
+        return self._noted(output)
+
+    def _noted(self, output: Tensor) -> Tensor:
+        self._same[id(output)] = (weakref.ref(output), output._version)
+        return output
+
+    def _is_same(self, number: int, end: int, inputs: Inputs) -> bool:
+        """Whether a call gives what it gives in the other network: the same modules, the same inputs."""
+        if bisect_left(self._different, number) < bisect_left(self._different, end):
+            return False
+        args, kwargs = inputs
+        return bool(args) and not kwargs and all(map(self._holds_the_same, args))
+
+    def _holds_the_same(self, value: Any) -> bool:
+        if not isinstance(value, Tensor):
+            return False
+        known = self._same.get(id(value))
+        return known is not None and known[0]() is value and known[1] == value._version
+
+
 @contextmanager
-def _watched(model: nn.Module, around: Callable[[str, Callable[[], Any]], Any]) -> Iterator[None]:
-    """Have every module's forward go through `around`, by the module's name and what runs it."""
+def _watched(model: nn.Module, around: Callable[[str, Inputs, Callable[[], Any]], Any]) -> Iterator[None]:
+    """Have every module's forward go through `around`: the module's name, what it is given, what runs it."""
 
     def through(name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return around(name, partial(plain, *args, **kwargs))
+        return around(name, (args, kwargs), partial(plain, *args, **kwargs))
 
     before = []
     try:

@@ -123,6 +123,61 @@ def test_what_comes_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch
     assert len(done) == len(BATCHES) * 3
 
 
+class Branches(nn.Module):
+    """Three branches from one map; the second writes into the map before the third reads it."""
+
+    def __init__(self, widths: tuple[int, int, int] = (6, 6, 6), *, writes: bool = False) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, n, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(n, 4, 1))
+            for n in widths
+        )
+        self.writes = writes
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        outputs = []
+        for number, branch in enumerate(self.branches):
+            outputs.append(branch(x))
+            if self.writes and number == 1:
+                x.add_(outputs[0].mean())
+        return torch.cat(outputs, 1).mean((2, 3))
+
+
+def branched(*widths: int, writes: bool) -> Branches:
+    net = Branches(widths, writes=writes).eval()  # type: ignore[arg-type]  # three of them
+    for name, parameter in net.named_parameters():
+        generator = torch.Generator().manual_seed(sum(map(ord, name)))
+        with torch.no_grad():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return net
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_branches_that_do_not_see_the_difference_are_not_computed_again(
+    writes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = SharedPrefix(branched(6, 6, 6, writes=writes), loss, BATCHES)
+    done: list[int] = []
+    convolve = functional.conv2d
+
+    def counted(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        done.append(weight.shape[0])
+        return convolve(x, weight, *rest)
+
+    for number, widths in enumerate(
+        [(5, 6, 6), (4, 6, 6), (3, 6, 6), (6, 5, 6), (6, 4, 6), (6, 6, 5), (2, 6, 6)]
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "conv2d", counted)
+            done.clear()
+            found = shared.loss_of(branched(*widths, writes=writes))
+        assert found == plain(branched(*widths, writes=writes))
+        if number in (1, 2):  # the branch itself, and the third one where the map was written to
+            assert len(done) == len(BATCHES) * (4 if writes else 2)
+
+
 def test_the_networks_are_left_as_they_were() -> None:
     model, other = make(), make((8, 8, 5))
     own = other.stem.forward
