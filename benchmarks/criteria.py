@@ -242,6 +242,10 @@ def main() -> int:
         shop = Shop(study, Workspace(study.folder), notice=note)
         device = study.devices[0].device()
         profile = shop.profile(device)
+        done = {(row.way, row.point) for row in rows}
+        points = [float(point) for point in args.points.split(",")]
+        left = [(way, point) for point in points for way in ways if (way.name, point) not in done]
+        needs_curves = any(way.allocation == "sensitivity" for way, _ in left)
         bench = Bench(
             task=shop.task,
             device=device,
@@ -254,17 +258,13 @@ def main() -> int:
             min_channels=study.search.min_channels,
             latency_target=study.measure.target,
             latency_limit_s=study.measure.limit_s,
-            curves={"taylor": shop.curves("taylor", profile)},
+            curves={"taylor": shop.curves("taylor", profile)} if needs_curves else {},
         )
-        done = {(row.way, row.point) for row in rows}
-        for point in map(float, args.points.split(",")):
-            for way in ways:
-                if (way.name, point) in done:
-                    continue
-                rows.append(run_way(way, point, args.seeds, bench, Path(work)))
-                note(str(rows[-1]))
-                if args.keep:
-                    args.keep.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+        for way, point in left:
+            rows.append(run_way(way, point, args.seeds, bench, Path(work)))
+            note(str(rows[-1]))
+            if args.keep:
+                args.keep.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     missed = missed_targets(rows)
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}, indent=1))
