@@ -187,7 +187,7 @@ def missed_targets(result: dict[str, Any]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--betas", default="0,0.25,0.5,0.75,1", help="comma-separated; 0 comes first")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--epochs", type=int, default=1, help="of the recovery")
     parser.add_argument("--limit-s", type=float, default=30.0, help="longest comparison")
     parser.add_argument("--projection", action="store_true", help="the first table alone")

@@ -186,6 +186,17 @@ class Played:
     def record(self, result: TrialResult, folder: Path, front: Any) -> None: ...
 
 
+@dataclass(frozen=True)
+class Prepared(Shop):
+    """A shop that has one bench, made before."""
+
+    made: Bench | None = None
+
+    def bench(self, device: Any) -> Bench:
+        assert self.made is not None
+        return replace(self.made, device=device, recovery=self.recovery)
+
+
 def settings(way: str) -> list[str]:
     if way in UNSTOPPED:
         return [f"search.sampler={way}", "stopping.enabled=false", "screening.keep=0"]
@@ -338,17 +349,6 @@ def main() -> int:
         print(table_text(document))
         print("\n" + ("\n".join(f"missed: {text}" for text in document["missed"]) or "all targets met"))
     return 1 if args.check and document["missed"] else 0
-
-
-@dataclass(frozen=True)
-class Prepared(Shop):
-    """A shop that has one bench, made before."""
-
-    made: Bench | None = None
-
-    def bench(self, device: Any) -> Bench:
-        assert self.made is not None
-        return replace(self.made, device=device, recovery=self.recovery)
 
 
 if __name__ == "__main__":
