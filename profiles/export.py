@@ -132,8 +132,7 @@ def export_onnx(
             input_names=["images"],
             output_names=["output0"],
         )
-    # Batch norm is fused already, and looking for more to fuse takes longer than all the rest.
-    model = onnxslim.slim(onnx.load(path), skip_optimizations=["graph_fusion"])
+    model = onnxslim.slim(onnx.load(path))
     names = _name_onnx_layers(model, module, layers)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata))
