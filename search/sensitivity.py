@@ -26,8 +26,8 @@ from .costs import WidthCost
 from .groups import ChannelGroups
 from .knapsack import cheapest
 from .plan import PruningPlan
-from .prefix import SharedPrefix
 from .prune import prune
+from .shared_forward import SharedForward
 
 if TYPE_CHECKING:
     from torch import nn
@@ -279,7 +279,7 @@ def measure_curves(
         with host_lock("scores"):
             network = pruned(context)
             with _counted(network) as seen:
-                around = SharedPrefix(network, lambda model, batch: float(task.loss(model, batch)), batches)
+                around = SharedForward(network, lambda model, batch: float(task.loss(model, batch)), batches)
         losses = []
         for u, tried in enumerate(counts):  # in the order of the network, which is that of running it
             row = []

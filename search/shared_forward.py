@@ -24,7 +24,7 @@ Loss = Callable[[nn.Module, Any], float]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class SharedPrefix:
+class SharedForward:
     """Losses of networks that have most of their layers in common with one network.
 
     The work of a loss is that of the layers that see a difference, and going from one first difference to one

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from search.prefix import SharedPrefix
+from search.shared_forward import SharedForward
 
 BATCHES = [torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -85,19 +85,19 @@ def plain(model: nn.Module) -> float:
     "inner", [(8, 8, 5), (8, 6, 8), (4, 8, 8), (3, 5, 7), (8, 8, 8)], ids=lambda widths: str(widths)
 )
 def test_the_loss_is_that_of_the_network_by_itself(inner: tuple[int, int, int]) -> None:
-    shared = SharedPrefix(make(), loss, BATCHES)
+    shared = SharedForward(make(), loss, BATCHES)
     assert shared.loss == plain(make())
     assert shared.loss_of(make(inner)) == plain(make(inner))
 
 
 def test_any_order_and_any_number_of_times() -> None:
-    shared = SharedPrefix(make(), loss, BATCHES)
+    shared = SharedForward(make(), loss, BATCHES)
     for inner in ((8, 5, 8), (8, 8, 5), (8, 8, 4), (5, 8, 8), (8, 8, 5), (8, 5, 8)):
         assert shared.loss_of(make(inner)) == plain(make(inner))
 
 
 def test_what_differs_in_the_first_and_in_the_last_layer() -> None:
-    shared = SharedPrefix(make(), loss, BATCHES)
+    shared = SharedForward(make(), loss, BATCHES)
     for name in ("head", "stem.0", "halves.conv"):
         other = make()
         with torch.no_grad():
@@ -106,7 +106,7 @@ def test_what_differs_in_the_first_and_in_the_last_layer() -> None:
 
 
 def test_what_comes_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = SharedPrefix(make(), loss, BATCHES)
+    shared = SharedForward(make(), loss, BATCHES)
     done: list[int] = []
     convolve = functional.conv2d
 
@@ -158,7 +158,7 @@ def branched(*widths: int, writes: bool) -> Branches:
 def test_branches_that_do_not_see_the_difference_are_not_computed_again(
     writes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = SharedPrefix(branched(6, 6, 6, writes=writes), loss, BATCHES)
+    shared = SharedForward(branched(6, 6, 6, writes=writes), loss, BATCHES)
     done: list[int] = []
     convolve = functional.conv2d
 
@@ -182,7 +182,7 @@ def test_the_networks_are_left_as_they_were() -> None:
     model, other = make(), make((8, 8, 5))
     own = other.stem.forward
     other.stem.forward = own  # type: ignore[method-assign]  # as some networks do to fuse their layers
-    shared = SharedPrefix(model, loss, BATCHES)
+    shared = SharedForward(model, loss, BATCHES)
     shared.loss_of(other)
     assert other.stem.__dict__["forward"] is own
     watched = [m for net in (model, other) for m in net.modules() if "forward" in m.__dict__]
@@ -199,7 +199,7 @@ def test_a_detector() -> None:
     def raw(network: nn.Module, batch: Tensor) -> float:
         return float(network(batch)[0].square().sum())
 
-    shared = SharedPrefix(model, raw, images)
+    shared = SharedForward(model, raw, images)
     for name in ("model.4.m.0.cv1.conv", "model.9.cv2.conv", "model.22.cv3.1.0.conv", "model.2.cv1.bn"):
         other = copy.deepcopy(model)
         with torch.no_grad():
