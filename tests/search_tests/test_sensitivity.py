@@ -70,6 +70,9 @@ def make_task() -> Any:
     )
 
 
+SETTINGS: Any = {"criterion": "taylor", "images": 12, "batch": 4, "min_channels": 4}
+
+
 @pytest.fixture(scope="module")
 def measured() -> tuple[Any, ChannelGroups, WidthCost, list[np.ndarray], LossCurves, list[tuple[int, int]]]:
     task = make_task()
@@ -82,15 +85,7 @@ def measured() -> tuple[Any, ChannelGroups, WidthCost, list[np.ndarray], LossCur
     scores = [1e-6 * rng.random(g.channels) for g in groups.groups]
     heard: list[tuple[int, int]] = []
     curves = measure_curves(
-        task,
-        groups,
-        scores,
-        macs,
-        criterion="taylor",
-        images=12,
-        batch=4,
-        min_channels=4,
-        on_step=lambda done, steps: heard.append((done, steps)),
+        task, groups, scores, macs, **SETTINGS, on_step=lambda done, steps: heard.append((done, steps))
     )
     return task, groups, macs, scores, curves, heard
 
@@ -175,10 +170,7 @@ def test_an_interrupted_measurement_goes_on_where_it_was(measured: Any) -> None:
         groups,
         scores,
         macs,
-        criterion="taylor",
-        images=12,
-        batch=4,
-        min_channels=4,
+        **SETTINGS,
         known=curves.stages[:2],
         on_step=lambda done, steps: again.append((done, steps)),
         on_stage=kept.append,
