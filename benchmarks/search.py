@@ -78,7 +78,7 @@ class Clocked:
 
     @property
     def is_over(self) -> bool:
-        return bool(self.found) and time.monotonic() - self._began > self._seconds
+        return time.monotonic() - self._began > self._seconds
 
     def trial_ends(self, result: TrialResult, front: Any) -> None:
         at = time.monotonic() - self._began
@@ -109,15 +109,15 @@ def settings(way: str) -> list[str]:
 def prepare(study: StudyFile, device: str, folder: Path) -> dict[str, float]:
     """Fill the caches in a folder; seconds that each part took."""
     shop = Shop(study, Workspace(folder), notice=note)
+    target = study.device(device).device()
     parts: dict[str, Callable[[], object]] = {
-        "profile": lambda: shop.profile(study.device(device).device()),
+        "profile": lambda: shop.profile(target),
         "scores": lambda: [shop.scores(name) for name in shop.criteria],
     }
     if shop.curve_criteria:
-        profile = shop.profile(study.device(device).device())
-        parts["curves"] = lambda: [shop.curves(name, profile) for name in shop.curve_criteria]
+        parts["curves"] = lambda: [shop.curves(name, shop.profile(target)) for name in shop.curve_criteria]
     taken = {}
-    _ = shop.groups, study.device(device).device().fingerprint  # opening the model is nobody's work
+    _ = shop.groups, target.fingerprint  # opening the model is nobody's work
     for part, make in parts.items():
         start = time.monotonic()
         make()
@@ -145,7 +145,8 @@ def plain(study: StudyFile, device: str, seconds: float, way: str) -> list[tuple
     bench = shop.bench(target)  # what it does once here every trial does again
     watcher = Clocked(seconds)
     zero = run_trial(0, TrialParams(), bench, shop.workspace.trial(device, 0), watcher)
-    watcher.trial_ends(zero, None)
+    with contextlib.suppress(KeyboardInterrupt):
+        watcher.trial_ends(zero, None)
     while not watcher.is_over:
         trial = trials.ask(searched_space(study.search))
         number = trial.number + 1
