@@ -254,7 +254,7 @@ def summary(curves: dict[str, list[list[tuple[float, TrialResult]]]], seconds: f
         way: {
             "hypervolume": [float(np.mean([hypervolume_at(run, t) for run in runs])) for t in moments],
             "final": [hypervolume_at(run, seconds) for run in runs],
-            "trials": [len(run) - 1 for run in runs],
+            "trials": [max(0, len(run) - 1) for run in runs],
             "complete": [sum(r.state == "complete" and r.trial > 0 for _, r in run) for run in runs],
         }
         for way, runs in curves.items()
@@ -268,8 +268,9 @@ def summary(curves: dict[str, list[list[tuple[float, TrialResult]]]], seconds: f
         met.append(document["overhead"] < OVERHEAD)
         others = {way: float(np.mean(row["final"])) for way, row in rows.items() if way != "ours"}
         if others:
-            best = max(others.values())  # 0 where the time was too short for any of them
-            document["gain"] = float(np.mean(rows["ours"]["final"])) / best if best else float("inf")
+            mine, best = float(np.mean(rows["ours"]["final"])), max(others.values())
+            # Where the time was too short for anybody nothing is shown.
+            document["gain"] = mine / best if best else float("inf") if mine else 0.0
             met.append(document["gain"] >= GAIN)
         for way in PLAIN:
             if way in curves:
