@@ -84,6 +84,7 @@ class Shop:
             batch=section.batch,
             device=section.device,
             reestimate_images=section.reestimate_images,
+            threads=section.threads,
             seed=self.study.seed,
             options=dict(section.options),
         )

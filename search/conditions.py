@@ -24,7 +24,7 @@ def conditions_of_trials(study: StudyFile, bench: Bench) -> dict[str, Any]:
     """Everything that a device's trials must have in common."""
     return {
         **conditions_of(bench.task, bench.device),
-        "finetune": study.finetune.model_dump(mode="json", exclude={"device"}),
+        "finetune": study.finetune.model_dump(mode="json", exclude={"device", "threads"}),
         "fingerprint": bench.fingerprint,
         # Samplers cannot learn from trials that lack a key, and the storage takes no other choices.
         "searched keys": searched_keys(study.search),

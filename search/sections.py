@@ -133,13 +133,14 @@ class CalibrationSection(Section):
 
 
 class FinetuneSection(Section):
-    """How a pruned model is trained back."""
+    """How a pruned model is trained back. `threads` of the CPU: every core where none are given."""
 
     epochs: Annotated[int, Field(ge=0)] = 3
     lr: Annotated[float, Field(gt=0)] | None = None
     batch: Annotated[int, Field(ge=1)] = 16
     device: Word = "auto"
     reestimate_images: Annotated[int, Field(ge=0)] = 64
+    threads: Annotated[int, Field(ge=1)] | None = None
     options: Mapping[str, Any] = Field(default_factory=dict)
 
 

@@ -165,27 +165,27 @@ class DetectionTask:
         self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback
     ) -> nn.Module:
         device = torch.device(resolve_device(recovery.device))
-        best = BestWeights()
-        best.offer(model, self.evaluate(self.predictor(model)))
-        if recovery.reestimate_images:
-            model.to(device)
-            images = (b["img"].to(device) for b in self.calibration(recovery.reestimate_images, _EVAL_BATCH))
-            reestimate_batchnorm(model, images)
+        with cpu_threads(recovery.threads):
+            best = BestWeights()
             best.offer(model, self.evaluate(self.predictor(model)))
-        if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
-            trainer = RecoveryTrainer(
-                model,
-                recovery,
-                folder,
-                data=self.data,
-                imgsz=self.imgsz,
-                judge=lambda trained: self.evaluate(self.predictor(trained)),
-                on_epoch=on_epoch,
-                best=best,
-            )
-            with cpu_threads(recovery.threads):
+            if recovery.reestimate_images:
+                model.to(device)
+                batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
+                reestimate_batchnorm(model, (batch["img"].to(device) for batch in batches))
+                best.offer(model, self.evaluate(self.predictor(model)))
+            if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
+                trainer = RecoveryTrainer(
+                    model,
+                    recovery,
+                    folder,
+                    data=self.data,
+                    imgsz=self.imgsz,
+                    judge=lambda trained: self.evaluate(self.predictor(trained)),
+                    on_epoch=on_epoch,
+                    best=best,
+                )
                 trainer.train()
-            model = trainer.ema.ema
+                model = trainer.ema.ema
         model = best.restore(model.to("cpu").float().eval())
         model.requires_grad_(True)
         model.args = get_cfg()

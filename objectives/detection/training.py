@@ -89,11 +89,14 @@ class RecoveryTrainer(PrunedTrainer):
         # Ultralytics starts every experiment logger it finds installed, MLflow first; a trial is recorded by
         # us alone.
         register = _trainer_module.callbacks.add_integration_callbacks
+        # It also leaves all but one core to torch for the rest of the process: on two cores, half the speed.
+        threads = torch.get_num_threads()
         _trainer_module.callbacks.add_integration_callbacks = lambda instance: None
         try:
             super().__init__(overrides=overrides)
         finally:
             _trainer_module.callbacks.add_integration_callbacks = register
+            torch.set_num_threads(threads)
         for hooks in self.callbacks.values():
             hooks.clear()
         self.model = model

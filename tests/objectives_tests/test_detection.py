@@ -148,6 +148,22 @@ def test_training_that_makes_it_worse_is_undone(task: DetectionTask, tmp_path: P
     assert task.evaluate(task.predictor(model)) == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.parametrize(("asked", "used"), [(None, 2), (3, 3)])
+def test_a_recovery_uses_the_threads_asked_for_or_leaves_them(
+    task: DetectionTask, pruned: nn.Module, tmp_path: Path, asked: int | None, used: int
+) -> None:
+    seen: list[int] = []
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)  # Ultralytics by itself would leave all but one core
+    try:
+        recovery = Recovery(epochs=1, batch=4, device="cpu", reestimate_images=0, threads=asked)
+        task.recover(pruned, recovery, tmp_path, lambda *_: seen.append(torch.get_num_threads()) is None)
+        assert seen == [used, used]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_caller_may_end_a_recovery(task: DetectionTask, pruned: nn.Module, tmp_path: Path) -> None:
     for stop_at in (0, 1):
         told: list[int] = []
