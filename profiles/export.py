@@ -151,7 +151,7 @@ def _name_onnx_layers(
     waiting: dict[str, list[str]] = {}
     for layer in layers:
         weight = module.get_parameter(f"{layer.layer}.weight").detach().numpy()
-        waiting.setdefault(_content(weight), []).append(layer.layer)
+        waiting.setdefault(content_digest(weight), []).append(layer.layer)
     initializers = {tensor.name: tensor for tensor in model.graph.initializer}
     consumers: dict[str, list[Any]] = {}
     for node in model.graph.node:
@@ -164,7 +164,7 @@ def _name_onnx_layers(
             continue
         for tensor in (t for t in node.input[:2] if t in initializers):
             values = numpy_helper.to_array(initializers[tensor])
-            keys = [_content(values)] + ([_content(values.T)] if values.ndim == 2 else [])
+            keys = [content_digest(values)] + ([content_digest(values.T)] if values.ndim == 2 else [])
             key = next((k for k in keys if waiting.get(k)), None)
             if key is None and tensor not in made_by:
                 continue
@@ -190,7 +190,7 @@ def _name_onnx_layers(
     return names
 
 
-def _content(values: np.ndarray[Any, Any]) -> str:
+def content_digest(values: np.ndarray[Any, Any]) -> str:
     return hashlib.sha256(repr(values.shape).encode() + np.ascontiguousarray(values).tobytes()).hexdigest()
 
 

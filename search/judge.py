@@ -6,8 +6,8 @@ nothing of plans, training, or whether a trial is worth going on with.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,13 +20,14 @@ from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.lock import host_lock
 from profiles.measure import compare
+from profiles.refill import refill
 from profiles.structure import structure_digest
 from profiles.timing import Comparison
 
 from .workspace import write_json
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from .trial import Bench
 
@@ -38,14 +39,17 @@ _PARITY_IMAGES = 2
 
 @dataclass(frozen=True)
 class TimedModel:
-    """A model's latency against the unpruned one, with what the measured file was.
+    """A model's latency against the unpruned one, with the file that was measured.
 
     Attributes:
+        weights: of the module that was exported.
         structure: see `profiles.structure`; None where it cannot be told.
         size_mb: of the exported files, in 10^6 bytes.
     """
 
     comparison: Comparison
+    artifact: Artifact
+    weights: Mapping[str, Tensor]
     structure: str | None
     size_mb: float
 
@@ -53,20 +57,17 @@ class TimedModel:
 def time_untrained(model: nn.Module, bench: Bench, folder: Path, clock: Callable[[str], Any]) -> TimedModel:
     """Between prune and recover: what the pruned model will cost, before minutes are spent on its weights.
 
-    The file is exported like the one that ships and removed again.
+    The file is exported like the one that ships, which `judge` makes of it; whoever calls removes `folder`.
     """
     # Not while another process measures on this machine: exporting keeps every core busy for seconds.
     with clock("export"), host_lock("export"):
         task = bench.task
-        artifact = export_artifact(
-            task.deployable(model), bench.device, folder, task.input_shape, task.metadata(model)
-        )
+        ready = task.deployable(model)
+        artifact = export_artifact(ready, bench.device, folder, task.input_shape, task.metadata(model))
         structure = structure_digest(artifact)
     with clock("measure"):
         comparison = _compare(artifact, bench)
-    measured = TimedModel(comparison, structure, size_mb(artifact))
-    shutil.rmtree(folder)
-    return measured
+    return TimedModel(comparison, artifact, ready.state_dict(), structure, size_mb(artifact))
 
 
 def _compare(artifact: Artifact, bench: Bench) -> Comparison:
@@ -112,8 +113,7 @@ def judge(
         ValueError: the artifact does not compute what the model computes.
     """
     with clock("export"), host_lock("export"):
-        artifact = export_model(model, bench.task, bench.device, folder)
-        parity = check_parity(model, artifact, bench.task)
+        artifact, parity = _ship(model, timed, bench, folder)
         structure = structure_digest(artifact)
         same = structure is not None and structure == timed.structure
         narrow = bench.device.precision != "fp32"
@@ -135,13 +135,32 @@ def judge(
     )
 
 
-def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> Artifact:
-    """Write the weights (safetensors), the framework's own model file and the device's artifact."""
+def _ship(model: nn.Module, timed: TimedModel, bench: Bench, folder: Path) -> tuple[Artifact, float]:
+    """Write what ships, the measured file with the trained weights where it takes them; and the parity."""
+    task = bench.task
+    refilled = refill(timed.artifact, timed.weights, task.deployable(model).state_dict(), folder)
+    if refilled is not None:
+        # A weight that the exporter had also made part of a constant shows here.
+        with contextlib.suppress(ValueError):
+            parity = check_parity(model, refilled, task)
+            save_model(model, task, folder)
+            return refilled, parity
+    artifact = export_model(model, task, bench.device, folder)
+    return artifact, check_parity(model, artifact, task)
+
+
+def save_model(model: nn.Module, task: Task, folder: Path) -> None:
+    """Write the weights (safetensors) and the framework's own model file."""
     from safetensors.torch import save_file
 
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_file(state, folder / "model.safetensors")
     task.save(model, folder / "model.pt")
+
+
+def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> Artifact:
+    """Write the weights, the framework's own model file and the device's artifact."""
+    save_model(model, task, folder)
     return export_artifact(task.deployable(model), device, folder, task.input_shape, task.metadata(model))
 
 

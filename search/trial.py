@@ -8,6 +8,7 @@ the trial after each step.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 _OPEN = OpenGate()
+#: Folder of the file that is measured before the recovery, there until the trial ends.
+_UNTRAINED = "untrained"
 
 
 def _no_rescoring(criterion: str, plan: PruningPlan) -> ChannelScores:
@@ -136,7 +139,7 @@ def run_trial(
             model = model if plan.is_empty else prune(model, plan, bench.task.settle)
             known.params = count_params(model)
         _go_on(gate.pruned(known.params))
-        timed = known.timed = time_untrained(model, bench, folder / "untrained", clock)
+        timed = known.timed = time_untrained(model, bench, folder / _UNTRAINED, clock)
         _go_on(gate.measured(timed.comparison.ratio, timed.comparison.ratio_ci, timed.size_mb))
         with clock("recover"):
             if params.recovery == "scratch" and not plan.is_empty:
@@ -147,6 +150,8 @@ def run_trial(
         result = _result(number, params, known, bench, clock, stopped=str(stop))
     else:
         result = _result(number, params, known, bench, clock)
+    finally:
+        shutil.rmtree(folder / _UNTRAINED, ignore_errors=True)
     write_json(folder / "result.json", result.to_json())
     return result
 

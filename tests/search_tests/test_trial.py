@@ -22,6 +22,7 @@ from profiles.artifact import Artifact, LayerSpec, export_artifact, open_artifac
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
+from profiles.refill import refill
 from profiles.timing import Comparison, Timing
 from search.bench import Shop
 from search.judge import check_parity
@@ -448,6 +449,34 @@ def test_a_file_of_another_structure_is_measured_itself(
     assert len(measured) == 2
     assert measured[-1] == result.artifact_digest
     assert result.details["measured"] == "as shipped"
+
+
+@pytest.mark.parametrize("takes", [True, False])
+def test_what_ships_is_the_measured_file_with_the_trained_weights(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: bool
+) -> None:
+    exported: list[Path] = []
+    refilled: list[Artifact | None] = []
+
+    def export(module: nn.Module, device: Device, folder: Path, *more: Any) -> Artifact:
+        exported.append(folder)
+        return export_artifact(module, device, folder, *more)
+
+    def fill(artifact: Artifact, old: Any, new: Any, folder: Path) -> Artifact | None:
+        wrong = {name: torch.rand_like(tensor.float()) for name, tensor in new.items()}
+        refilled.append(refill(artifact, old, new if takes else wrong, folder))
+        return refilled[-1]
+
+    monkeypatch.setattr(search.judge, "export_artifact", export)
+    monkeypatch.setattr(search.judge, "refill", fill)
+    folder = tmp_path / "trial"
+    scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
+    result = run_trial(1, PARAMS, scaled, folder, Listener())
+    assert refilled[0] is not None
+    assert exported == ([folder / "untrained"] if takes else [folder / "untrained", folder])
+    assert (result.artifact_digest == refilled[0].digest) == takes
+    assert result.details["parity"] < 1e-4
+    assert not (folder / "untrained").exists()
 
 
 # ---- the bench -----------------------------------------------------------------------------------
