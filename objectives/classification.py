@@ -27,6 +27,7 @@ from .builder import build_model, load_weights
 from .compute import cpu_threads, resolve_device
 from .digest import model_digest
 from .images import ImageData, LabelledImages, open_images
+from .inference import as_predictor
 from .initialise import reinitialise
 from .task import EpochCallback, Predictor, Recovery, Traceable
 from .wiring import fuse_batchnorm, wiring
@@ -296,13 +297,7 @@ class ClassificationTask:
         return right / len(self._images.val)
 
     def predictor(self, model: nn.Module) -> Predictor:
-        ready = self.deployable(model)
-
-        def predict(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-            with torch.inference_mode():
-                return [ready(torch.from_numpy(images)).numpy()]
-
-        return predict
+        return as_predictor(self.deployable(model))
 
     # ---- shipping ------------------------------------------------------------------------------------------
 

@@ -189,7 +189,7 @@ def _check(
         SearchError: one of them is too far off.
     """
     try:
-        parity = check_parity(model, artifact, shop.task, _PARITY_IMAGES)
+        parity = check_parity(shop.task.predictor(model), artifact, shop.task, _PARITY_IMAGES)
     except ValueError as error:
         raise SearchError(f"export refused: {error}") from error
     notice(

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from objectives.inference import as_predictor
 from objectives.size import count_macs
-from objectives.task import Task
+from objectives.task import Predictor, Task
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.lock import host_lock
@@ -138,15 +139,16 @@ def judge(
 def _ship(model: nn.Module, timed: TimedModel, bench: Bench, folder: Path) -> tuple[Artifact, float]:
     """Write what ships, the measured file with the trained weights where it takes them; and the parity."""
     task = bench.task
-    refilled = refill(timed.artifact, timed.weights, task.deployable(model).state_dict(), folder)
+    save_model(model, task, folder)
+    ready = task.deployable(model)
+    predict = as_predictor(ready)
+    refilled = refill(timed.artifact, timed.weights, ready.state_dict(), folder)
     if refilled is not None:
         # A weight that the exporter had also made part of a constant shows here.
         with contextlib.suppress(ValueError):
-            parity = check_parity(model, refilled, task)
-            save_model(model, task, folder)
-            return refilled, parity
-    artifact = export_model(model, task, bench.device, folder)
-    return artifact, check_parity(model, artifact, task)
+            return refilled, check_parity(predict, refilled, task)
+    artifact = export_artifact(ready, bench.device, folder, task.input_shape, task.metadata(model))
+    return artifact, check_parity(predict, artifact, task)
 
 
 def save_model(model: nn.Module, task: Task, folder: Path) -> None:
@@ -164,14 +166,15 @@ def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> 
     return export_artifact(task.deployable(model), device, folder, task.input_shape, task.metadata(model))
 
 
-def check_parity(model: nn.Module, artifact: Artifact, task: Task, images: int = _PARITY_IMAGES) -> float:
-    """Largest difference between model and artifact on real images, relative to the largest output.
+def check_parity(predict: Predictor, artifact: Artifact, task: Task, images: int = _PARITY_IMAGES) -> float:
+    """Largest difference between a PyTorch model and its artifact on real images, relative to the largest
+    output.
 
     Raises:
         ValueError: it is above `PARITY_TOLERANCE`, or the shapes differ.
     """
     sample = task.sample_images(images)
-    predict, run = task.predictor(model), open_artifact(artifact, threads=1)
+    run = open_artifact(artifact, threads=1)
     worst = 0.0
     for i in range(len(sample)):
         expected, got = predict(sample[i : i + 1]), run(sample[i : i + 1])

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from .allocation import unit_scores
 from .groups import ChannelGroups
 from .plan import PruningPlan
-from .rerank import group_scores
 
 if TYPE_CHECKING:
     from .sensitivity import LossCurves
@@ -52,8 +51,8 @@ def promise(plan: PruningPlan, bench: Bench) -> Proxy | None:
     Returns:
         None where all channels score the same and nothing can be said.
     """
-    criterion, scores = next(iter(bench.scores.items()))
-    by_group = group_scores(scores.layers, bench.groups)
+    criterion = next(iter(bench.scores))
+    by_group = bench.group_scores(criterion)
     # What whole blocks mean to the loss no curve says.
     if criterion in bench.curves and not bench.blocks:
         return Proxy("curves", loss_kept(plan, bench.curves[criterion], by_group, bench.groups))

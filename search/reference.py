@@ -222,7 +222,7 @@ def _measure(shop: Shop, name: str, task: Task, device: Device) -> Reference:
             artifact = export_artifact(
                 task.deployable(model), device, Path(folder), task.input_shape, task.metadata(model)
             )
-            check_parity(model, artifact, task)
+            check_parity(task.predictor(model), artifact, task)
         with host_lock("evaluation"):  # as a trial is judged: what ships is what is right or wrong
             predict = open_artifact(artifact, device.threads) if is_narrow else task.predictor(model)
             accuracy = task.evaluate(predict)

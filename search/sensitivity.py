@@ -9,7 +9,7 @@ of it at a few depths. Computed once and cached, like the scores; knows no devic
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -341,12 +341,3 @@ def _counted(model: nn.Module) -> Iterator[_Seen]:
         yield seen
     finally:
         handle.remove()
-
-
-def mean_loss(task: Task, model: nn.Module, batches: Iterable[Any]) -> float:
-    """Mean loss per image, see `by_the_batch`."""
-    import torch
-
-    with _counted(by_the_batch(model)) as seen, torch.no_grad():
-        total = sum(float(task.loss(model, batch)) for batch in batches)
-    return total / seen.images

@@ -34,6 +34,7 @@ from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import Proxy, promise
 from .prune import check_widths, prune
+from .rerank import group_scores
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
 from .sensitivity import LossCurves
@@ -41,6 +42,8 @@ from .stopping import Gate, OpenGate, TrialStopped
 from .workspace import write_json
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import nn
 
 _OPEN = OpenGate()
@@ -94,12 +97,19 @@ class Bench:
     block_scores: Mapping[str, float] = field(default_factory=dict)
     rescore: Callable[[str, PruningPlan], ChannelScores] = _no_rescoring
     _costs: dict[str, WidthCost] = field(default_factory=dict, init=False, repr=False)
+    _group_scores: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict, init=False, repr=False)
 
     def cost(self, quantity: str) -> WidthCost:
         """A quantity as a function of widths, made once; see `costs.WidthCost`."""
         if quantity not in self._costs:
             self._costs[quantity] = WidthCost.of(quantity, self.groups, self.profile)
         return self._costs[quantity]
+
+    def group_scores(self, criterion: str) -> list[NDArray[np.float64]]:
+        """Cached scores summed over the members of each group, made once; not to be changed."""
+        if criterion not in self._group_scores:
+            self._group_scores[criterion] = group_scores(self.scores[criterion].layers, self.groups)
+        return self._group_scores[criterion]
 
 
 def run_trial(

@@ -27,6 +27,7 @@ from ..batchnorm import reestimate_batchnorm
 from ..best import BestWeights
 from ..compute import cpu_threads, resolve_device
 from ..digest import files_digest, model_digest
+from ..inference import as_predictor
 from ..initialise import reinitialise
 from ..task import EpochCallback, Predictor, Recovery, Traceable
 from .files import open_data, open_model
@@ -226,13 +227,7 @@ class DetectionTask:
         return float(judge.get_stats()["metrics/mAP50-95(B)"])
 
     def predictor(self, model: nn.Module) -> Predictor:
-        ready = self.deployable(model)
-
-        def predict(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
-            with torch.inference_mode():
-                return [ready(torch.from_numpy(images)).numpy()]
-
-        return predict
+        return as_predictor(self.deployable(model))
 
     # -- shipping
 
