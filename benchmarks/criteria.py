@@ -149,7 +149,7 @@ def reach(way: Way, point: float, bench: Bench, folder: Path) -> tuple[PruningPl
         model = prune(bench.task.load_model(), plan, bench.task.settle)
         module = bench.task.deployable(model)
         artifact = export_artifact(module, bench.device, folder / "artifact", bench.task.input_shape)
-        found = compare(bench.device, artifact, bench.baseline, limit_s=15)
+        found = compare(bench.device, artifact, bench.baseline, limit_s=bench.latency_limit_s)
         shutil.rmtree(folder / "artifact")
         tried.append((abs(found.ratio - point), plan, ratio, found))
         if tried[-1][0] <= CLOSE:
@@ -219,6 +219,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--limit-s", type=float, default=15.0, help="of a latency measurement")
     parser.add_argument("--keep", type=Path, help="JSON file of finished rows, read and written")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
@@ -257,7 +258,7 @@ def main() -> int:
             recovery=shop.recovery,
             min_channels=study.search.min_channels,
             latency_target=study.measure.target,
-            latency_limit_s=study.measure.limit_s,
+            latency_limit_s=args.limit_s,
             curves={"taylor": shop.curves("taylor", profile)} if needs_curves else {},
         )
         for way, point in left:
