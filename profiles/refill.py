@@ -39,7 +39,8 @@ def refill(artifact: Artifact, old: Weights, new: Weights, folder: Path) -> Arti
     refiller = _REFILLERS.get(artifact.runtime)
     if refiller is None or {k: t.shape for k, t in old.items()} != {k: t.shape for k, t in new.items()}:
         return None
-    changed = {name: tensor for name, tensor in new.items() if not tensor.equal(old[name])}
+    # Batch norm also counts its batches, which no inference reads.
+    changed = {k: t for k, t in new.items() if t.is_floating_point() and not t.equal(old[k])}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / artifact.path.name
     if not refiller(artifact.path, path, old, changed):

@@ -74,6 +74,22 @@ def test_the_same_weights_give_the_same_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run(filled), run(source))
 
 
+def test_statistics_of_batch_norm_are_weights_too(tmp_path: Path) -> None:
+    def trained(seed: int) -> nn.Module:  # the first of them cannot be fused: no convolution stands before it
+        torch.manual_seed(seed)
+        net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3), nn.AvgPool2d(14), nn.Flatten())
+        with torch.no_grad():
+            for tensor in (*net[0].parameters(), net[0].running_mean, net[0].running_var):
+                tensor.copy_(torch.rand(3) + 0.5)
+        return net.train().requires_grad_(False)
+
+    old, new = trained(0), trained(1)
+    new(torch.rand(4, 3, 16, 16))
+    filled = refill(export(old, tmp_path / "old"), old.state_dict(), new.state_dict(), tmp_path / "filled")
+    assert filled is not None
+    np.testing.assert_array_equal(run(filled), run(export(new, tmp_path / "new")))
+
+
 def test_a_part_of_the_weights_may_change(tmp_path: Path) -> None:
     old, new = Net(0), Net(0)
     with torch.no_grad():
