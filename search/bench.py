@@ -218,7 +218,8 @@ class Shop:
             profile: of any device; only the layers' shapes are read.
         """
         section = self.study.calibration
-        images, batch = section.images, section.batch
+        images = section.curve_images or section.images
+        batch = min(section.batch, images)
         key = {
             "criterion": criterion,
             "model_key": self.task.model_key,

@@ -125,9 +125,10 @@ class SearchSection(Section):
 
 
 class CalibrationSection(Section):
-    """How the scores are computed."""
+    """How scores are computed. Loss curves take `curve_images` of the images, all where none are given."""
 
     images: Annotated[int, Field(ge=1)] = 64
+    curve_images: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1)] = 8
     loss: Literal["task", "outputs"] = "task"
 

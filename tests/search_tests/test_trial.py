@@ -531,6 +531,32 @@ def test_a_profile_is_measured_once_and_again_on_another_machine(
     assert told == ["profile: measuring every layer on ort (another)"]
 
 
+def test_curves_are_measured_on_as_many_images_as_the_study_says(
+    study: StudyFile, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def measure(
+        *_: Any, images: int, batch: int, on_stage: Callable[[LossCurves], Any], **__: Any
+    ) -> LossCurves:
+        asked.append((images, batch))
+        curves = LossCurves("taylor", ("a",), (Stage((0,), 1.0, ((9,),), ((2.0,),)),) * len(DEPTHS))
+        on_stage(curves)
+        return curves
+
+    monkeypatch.setattr(search.bench, "measure_curves", measure)
+    plain = study.calibration
+    for few in (None, 3, 2, 3):
+        section = plain.model_copy(update={"curve_images": few})
+        own = Shop(
+            study.model_copy(update={"calibration": section}), Workspace(tmp_path), notice=lambda _: None
+        )
+        own.curves("taylor", bench.profile)
+    # The last one is in the cache; no batch is larger than the sample.
+    batch = plain.batch
+    assert asked == [(plain.images, min(batch, plain.images)), (3, min(batch, 3)), (2, min(batch, 2))]
+
+
 def test_curves_go_on_from_the_last_whole_stage(
     study: StudyFile, bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
