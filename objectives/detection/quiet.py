@@ -15,6 +15,11 @@ os.environ.setdefault("YOLO_AUTOINSTALL", "0")
 os.environ.setdefault("YOLO_OFFLINE", "1")
 os.environ.setdefault("YOLO_VERBOSE", "0")
 
-from ultralytics.utils import LOGGER
+# Imported first, Ultralytics would give torch a single thread, and say so to every process started from here.
+_threads = os.environ.get("OMP_NUM_THREADS")
+import torch  # noqa: E402, F401
+from ultralytics.utils import LOGGER  # noqa: E402
 
+if _threads is None:
+    os.environ.pop("OMP_NUM_THREADS", None)
 LOGGER.setLevel(logging.ERROR)
