@@ -45,6 +45,11 @@ def export(net: nn.Module, folder: Path, runtime: str = "onnxruntime") -> Artifa
     return export_artifact(net.eval(), Device("d", runtime), folder, (1, 3, 16, 16), {"names": "a, b"})
 
 
+def refilled(old: nn.Module, new: nn.Module, folder: Path) -> Artifact | None:
+    """An export of the old module with the weights of the new one, in `folder / "filled"`."""
+    return refill(export(old, folder / "old"), old.state_dict(), new.state_dict(), folder / "filled")
+
+
 def run(artifact: Artifact) -> np.ndarray:  # type: ignore[type-arg]
     images = np.random.default_rng(0).random((2, 3, 16, 16), dtype=np.float32)
     return open_artifact(artifact, threads=1)(images)[0]
@@ -68,10 +73,9 @@ def test_it_computes_what_an_export_of_the_new_weights_computes(tmp_path: Path) 
 
 def test_the_same_weights_give_the_same_file(tmp_path: Path) -> None:
     net = Net(0)
-    source = export(net, tmp_path / "old")
-    filled = refill(source, net.state_dict(), net.state_dict(), tmp_path / "filled")
+    filled = refilled(net, net, tmp_path)
     assert filled is not None
-    np.testing.assert_array_equal(run(filled), run(source))
+    np.testing.assert_array_equal(run(filled), run(export(net, tmp_path / "again")))
 
 
 def test_statistics_of_batch_norm_are_weights_too(tmp_path: Path) -> None:
@@ -85,7 +89,7 @@ def test_statistics_of_batch_norm_are_weights_too(tmp_path: Path) -> None:
 
     old, new = trained(0), trained(1)
     new(torch.rand(4, 3, 16, 16))
-    filled = refill(export(old, tmp_path / "old"), old.state_dict(), new.state_dict(), tmp_path / "filled")
+    filled = refilled(old, new, tmp_path)
     assert filled is not None
     np.testing.assert_array_equal(run(filled), run(export(new, tmp_path / "new")))
 
@@ -94,7 +98,7 @@ def test_a_part_of_the_weights_may_change(tmp_path: Path) -> None:
     old, new = Net(0), Net(0)
     with torch.no_grad():
         new.head.weight.add_(0.5)
-    filled = refill(export(old, tmp_path / "old"), old.state_dict(), new.state_dict(), tmp_path / "filled")
+    filled = refilled(old, new, tmp_path)
     assert filled is not None
     np.testing.assert_array_equal(run(filled), run(export(new, tmp_path / "new")))
 
@@ -105,15 +109,12 @@ def test_what_cannot_be_told_apart_is_not_filled(tmp_path: Path) -> None:
     with torch.no_grad():
         zeros.head.bias.zero_()
         twins.body[2].bias.copy_(twins.body[0].bias)  # type: ignore[union-attr,operator,arg-type]
-    for name, old in {"zeros": zeros, "twins": twins}.items():
-        source = export(old, tmp_path / name)
-        assert refill(source, old.state_dict(), Net(1).state_dict(), tmp_path / "filled") is None
+    for old in (zeros, twins):
+        assert refilled(old, Net(1), tmp_path) is None
 
 
 def test_a_weight_that_the_exporter_worked_into_another_is_not_filled(tmp_path: Path) -> None:
-    old = Shifted(0)
-    source = export(old, tmp_path / "old")
-    assert refill(source, old.state_dict(), Shifted(1).state_dict(), tmp_path / "filled") is None
+    assert refilled(Shifted(0), Shifted(1), tmp_path) is None
 
 
 @pytest.mark.parametrize("runtime", ["torch", "ncnn"])
