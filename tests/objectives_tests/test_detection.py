@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from search.groups import find_groups
 from search.plan import PruningPlan
 from search.prune import check_widths, prune
 
+ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -162,6 +165,18 @@ def test_a_recovery_uses_the_threads_asked_for_or_leaves_them(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+def test_importing_leaves_torch_its_threads() -> None:
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    shown = "torch.get_num_threads(), os.environ.get('OMP_NUM_THREADS')"
+
+    def seen(before: str = "") -> str:
+        command = [sys.executable, "-c", f"{before}import os, torch; print({shown})"]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    assert seen("import objectives.detection; ") == seen()
 
 
 def test_a_caller_may_end_a_recovery(task: DetectionTask, pruned: nn.Module, tmp_path: Path) -> None:
