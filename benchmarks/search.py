@@ -18,6 +18,10 @@ Targets (`--check`): the plain loops' final hypervolume reached by ours in at mo
 at least 1.1 times the best other one at the end; overhead below 3%.
 Takes five times three times `--minutes`: 10 hours with the default 40. To look at it:
 `uv run python benchmarks/search.py --study examples/bccd.yaml --minutes 10 --seeds 1 --only ours,random`.
+
+Parts can run apart, each with `--json` into a file: one way or one seed (`--first-seed`) at a time, or all
+ways side by side on cores of their own (`taskset`, and a `TMPDIR` each, or they wait for each other's
+measurements). `--read a.json,b.json` makes one table of them.
 """
 
 from __future__ import annotations
@@ -55,6 +59,8 @@ PLAIN = ("plain-tpe", "plain-nsga2")
 #: Steps of a trial that are the work itself; everything else is overhead.
 WORK = ("recover", "measure")
 MANY = 100_000
+#: Way to one list per seed: seconds since its beginning, and the trial that ended then.
+Runs = dict[str, list[list[tuple[float, TrialResult]]]]
 SPEED, GAIN, OVERHEAD = 3.0, 1.1, 0.03
 
 
@@ -212,26 +218,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", help="default: the study's last one")
     parser.add_argument("--minutes", type=float, default=40.0, help="for each way and seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(WAYS), help="ways, separated by commas")
     parser.add_argument("--set", action="append", default=[], help="as in paretoprune search")
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark-search"))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--read", help="files that --json gave, separated by commas; nothing is run")
     options = parser.parse_args(arguments)
+    if options.read:
+        curves, seconds = read_runs([Path(name) for name in options.read.split(",")])
+        return report(curves, seconds, options)
     ways, seconds = options.only.split(","), options.minutes * 60
     if unknown := [way for way in ways if way not in WAYS]:
         parser.error(f"--only must be some of {', '.join(WAYS)}, got {unknown[0]}")
-    curves: dict[str, list[list[tuple[float, TrialResult]]]] = {way: [] for way in ways}
+    curves = {way: [] for way in ways}
     begun = options.dir / datetime.now().strftime("%Y%m%d-%H%M%S")
     taken: dict[str, dict[str, float]] = {}
-    for seed in range(options.seeds):
+    for seed in range(options.first_seed, options.first_seed + options.seeds):
         for way in ways:
             note(f"{way}, seed {seed}")
             chosen = [f"seed={seed}", *options.set, *settings(way)]
             folder = begun / f"{way}-{seed}"
             study = load_study_file(options.study, chosen, folder)
             device = options.device or study.devices[-1].name
-            if seed == 0:  # the caches know no seed, so one filling serves them all
+            if seed == options.first_seed:  # the caches know no seed, so one filling serves them all
                 taken[way] = prepare(study, device, begun / "prepared")
             shutil.copytree(Workspace(begun / "prepared").cache, Workspace(folder).cache)
             if way in PLAIN:
@@ -239,6 +250,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 run = searched(study, device, seconds, sum(cost_of(part, taken) for part in taken[way]))
             curves[way].append(run)
+    return report(curves, seconds, options)
+
+
+def report(curves: Runs, seconds: float, options: argparse.Namespace) -> int:
+    """Print what was found; 1 with `--check` where a target is missed."""
     document = summary(curves, seconds)
     if options.json:
         print(json.dumps(document, indent=1))
@@ -247,7 +263,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if options.check and not document["targets_met"] else 0
 
 
-def summary(curves: dict[str, list[list[tuple[float, TrialResult]]]], seconds: float) -> dict[str, Any]:
+def read_runs(files: Sequence[Path]) -> tuple[Runs, float]:
+    """The runs in files that `--json` gave, and how long each took.
+
+    Raises:
+        SystemExit: they took different times, which do not compare.
+    """
+    documents = [json.loads(file.read_text()) for file in files]
+    times = {document["seconds"] for document in documents}
+    if len(times) > 1:
+        raise SystemExit(f"--read needs runs of one length, got {sorted(times)} s")
+    curves: Runs = {}
+    for document in documents:
+        for way, runs in document["runs"].items():
+            curves.setdefault(way, []).extend(
+                [(at, TrialResult.from_json(result)) for at, result in run] for run in runs
+            )
+    return {way: curves[way] for way in WAYS if way in curves}, times.pop()
+
+
+def summary(curves: Runs, seconds: float) -> dict[str, Any]:
     """Means over seeds."""
     moments = np.linspace(0, seconds, 11)[1:]
     rows = {
@@ -259,7 +294,15 @@ def summary(curves: dict[str, list[list[tuple[float, TrialResult]]]], seconds: f
         }
         for way, runs in curves.items()
     }
-    document: dict[str, Any] = {"seconds": seconds, "moments_s": moments.tolist(), "ways": rows}
+    document: dict[str, Any] = {
+        "seconds": seconds,
+        "moments_s": moments.tolist(),
+        "ways": rows,
+        "runs": {
+            way: [[(at, result.to_json()) for at, result in run] for run in runs]
+            for way, runs in curves.items()
+        },
+    }
     met = []
     if "ours" in curves:
         shares = overhead(r for run in curves["ours"] for _, r in run)

@@ -10,15 +10,22 @@ from numpy.typing import NDArray
 from .task import Predictor
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 
-def as_predictor(module: nn.Module) -> Predictor:
-    """A module with one output, see `Task.deployable`, as a function of images."""
+def as_predictor(module: nn.Module, device: str | torch.device = "cpu") -> Predictor:
+    """A module with one output, see `Task.deployable`, as a function of images.
+
+    Args:
+        device: where it runs; the module is moved there.
+    """
     import torch
+
+    module.to(device)
 
     def predict(images: NDArray[np.float32]) -> list[NDArray[np.float32]]:
         with torch.inference_mode():
-            return [module(torch.from_numpy(images)).numpy()]
+            return [module(torch.from_numpy(images).to(device)).cpu().numpy()]
 
     return predict

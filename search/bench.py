@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from objectives.compute import full_precision, resolve_device
+from objectives.placed import placed_on
 from objectives.task import Recovery, Task
 from profiles.artifact import Artifact, export_artifact
 from profiles.cache import Cache
@@ -31,12 +33,13 @@ from .costs import WidthCost
 from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .depth import Block, block_scores, find_blocks
 from .groups import ChannelGroups, find_groups, is_selected
+from .open_task import open_task
 from .plan import PruningPlan
 from .prune import prune
 from .rerank import group_scores
 from .rescore import rescore, rescored_data_key
 from .scores import ChannelScores
-from .sections import Choices, ModelSection
+from .sections import Choices
 from .sensitivity import LossCurves, measure_curves
 from .studyfile import StudyFile, StudyFileError
 from .trial import Bench
@@ -75,6 +78,13 @@ class Shop:
         groups = find_groups(self.task.traceable(model), model)
         return groups.select(self.study.search.include, self.study.search.exclude)
 
+    def _computer(self, key: str, device: str) -> str:
+        """The torch device that a key of the study file means on this machine."""
+        try:
+            return resolve_device(device)
+        except ValueError as error:
+            raise StudyFileError(self.study.source.name, [f"{key}: {error}"]) from error
+
     @cached_property
     def recovery(self) -> Recovery:
         section = self.study.finetune
@@ -82,7 +92,7 @@ class Shop:
             epochs=section.epochs,
             lr=section.lr,
             batch=section.batch,
-            device=section.device,
+            device=self._computer("finetune.device", section.device),
             reestimate_images=section.reestimate_images,
             threads=section.threads,
             seed=self.study.seed,
@@ -105,6 +115,15 @@ class Shop:
             "seed": self.study.seed,
         }
 
+    @cached_property
+    def _placed(self) -> Task:
+        """The task on the device where scores and loss curves are computed."""
+        return placed_on(self.task, self._computer("calibration.device", self.study.calibration.device))
+
+    def _task_for(self, criterion: str) -> Task:
+        """Where nothing runs the model it stays on the CPU."""
+        return self._placed if criterion in WITH_IMAGES else self.task
+
     def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
         """Cached scores, computed where they are missing."""
         images, batch = self._calibration["images"], self._calibration["batch"]
@@ -114,7 +133,7 @@ class Shop:
             self.notice(f"scores: computing {criterion}{sample}")
             return compute_scores(
                 criterion,
-                self.task,
+                self._task_for(criterion),
                 **self._calibration,
                 on_batch=lambda done: _log.debug("scores: batch %d of %d", done, -(-images // batch)),
             )
@@ -126,7 +145,9 @@ class Shop:
         """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
         data_key = rescored_data_key(self.task, plan, criterion, self._calibration)
         return self._cached_scores(
-            criterion, data_key, lambda: rescore(self.task, plan, criterion, self._calibration)
+            criterion,
+            data_key,
+            lambda: rescore(self._task_for(criterion), plan, criterion, self._calibration),
         )
 
     def _cached_scores(
@@ -155,7 +176,7 @@ class Shop:
                 )
             except ValueError as error:
                 self.notice(f"scores: cache refused ({error}); computing again")
-        with host_lock("scores"):
+        with host_lock("scores"), full_precision():
             scores = compute()
         scores.save(path)
         return scores
@@ -198,9 +219,9 @@ class Shop:
             return cached
         self.notice(f"block scores: computing {len(self.blocks)} on {settings['images']} images")
         loss = self.task.loss if settings["loss"] == "task" else self.task.outputs
-        with host_lock("scores"):
+        with host_lock("scores"), full_precision():
             batches = self.task.calibration(settings["images"], settings["batch"])
-            found = block_scores(self.task.load_model(), batches, loss, self.blocks)
+            found = block_scores(self._placed.load_model(), batches, loss, self.blocks)
         cache.put("blocks", key, found)
         return found
 
@@ -243,20 +264,21 @@ class Shop:
                 self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
 
         self.notice(f"loss curves: measuring every group on {images} images")
-        return measure_curves(
-            self.task,
-            self.groups,
-            group_scores(self.scores(criterion).layers, self.groups),
-            WidthCost.of("macs", self.groups, profile),
-            criterion=criterion,
-            images=images,
-            batch=batch,
-            min_channels=self.study.search.min_channels,
-            known=() if cached is None else cached.stages,
-            on_step=on_step,
-            # Each stage takes minutes, and what an interruption leaves is gone on from.
-            on_stage=lambda curves: cache.put("curves", key, curves.to_json()),
-        )
+        with full_precision():
+            return measure_curves(
+                self._placed,
+                self.groups,
+                group_scores(self.scores(criterion).layers, self.groups),
+                WidthCost.of("macs", self.groups, profile),
+                criterion=criterion,
+                images=images,
+                batch=batch,
+                min_channels=self.study.search.min_channels,
+                known=() if cached is None else cached.stages,
+                on_step=on_step,
+                # Each stage takes minutes, and what an interruption leaves is gone on from.
+                on_stage=lambda curves: cache.put("curves", key, curves.to_json()),
+            )
 
     def baseline(self, device: Device) -> Artifact:
         """The unpruned model exported for a device; exported once, so that every trial is measured against
@@ -362,30 +384,6 @@ class Shop:
             latency_target=self.study.measure.target,
             latency_limit_s=self.study.measure.limit_s,
         )
-
-
-def open_task(study: StudyFile) -> Task:
-    """The task that a study file's `model` and `data` describe.
-
-    Raises:
-        ValueError: they cannot be used.
-    """
-    if isinstance(study.model, ModelSection):
-        from objectives.classification import ClassificationTask
-
-        return ClassificationTask(
-            builder=study.model.builder,
-            weights=study.model.weights,
-            data=study.data,
-            imgsz=study.imgsz,
-            folder=study.source.parent,
-            arguments=dict(study.model.arguments),
-            mean=study.model.mean,
-            std=study.model.std,
-        )
-    from objectives.detection import DetectionTask
-
-    return DetectionTask(model=study.model, data=study.data, imgsz=study.imgsz or 640)
 
 
 def _short(text: str) -> str:

@@ -23,8 +23,9 @@ from profiles.device import Device
 from profiles.lock import host_lock
 from profiles.measure import compare
 
-from .bench import Shop, open_task
+from .bench import Shop
 from .judge import check_parity
+from .open_task import open_task
 from .result import TrialResult, brief
 from .sections import ModelSection, ReferenceSection
 from .storage import SearchError

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from objectives.compute import check_device_name
 from profiles.device import Device
 
 from .allocation import ALLOCATIONS
@@ -56,6 +57,8 @@ Beta = Annotated[float, Field(ge=0.0, le=1.0)]
 Ratio = Annotated[float, Field(ge=0.0, lt=1.0)]
 Multiple = Annotated[int, Field(ge=1)]
 Word = Annotated[str, Field(min_length=1)]
+#: Where this process computes, unlike the devices of a study, on which the model shall run.
+TorchDevice = Annotated[str, AfterValidator(check_device_name)]
 
 
 def _bounded(value: float | Range | Choices[float], low: float, high: float, *, closed: bool) -> None:
@@ -125,12 +128,15 @@ class SearchSection(Section):
 
 
 class CalibrationSection(Section):
-    """How scores are computed. Loss curves take `curve_images` of the images, all where none are given."""
+    """How and where scores are computed. Loss curves take `curve_images` of the images, all where none are
+    given.
+    """
 
     images: Annotated[int, Field(ge=1)] = 64
     curve_images: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1)] = 8
     loss: Literal["task", "outputs"] = "task"
+    device: TorchDevice = "auto"
 
 
 class FinetuneSection(Section):
@@ -139,7 +145,7 @@ class FinetuneSection(Section):
     epochs: Annotated[int, Field(ge=0)] = 3
     lr: Annotated[float, Field(gt=0)] | None = None
     batch: Annotated[int, Field(ge=1)] = 16
-    device: Word = "auto"
+    device: TorchDevice = "auto"
     reestimate_images: Annotated[int, Field(ge=0)] = 64
     threads: Annotated[int, Field(ge=1)] | None = None
     options: Mapping[str, Any] = Field(default_factory=dict)

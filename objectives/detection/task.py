@@ -25,7 +25,7 @@ from ultralytics.nn.modules.conv import Conv
 
 from ..batchnorm import reestimate_batchnorm
 from ..best import BestWeights
-from ..compute import cpu_threads, resolve_device
+from ..compute import cpu_threads, full_precision, resolve_device
 from ..digest import files_digest, model_digest
 from ..inference import as_predictor
 from ..initialise import reinitialise
@@ -149,12 +149,13 @@ class DetectionTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         # Ultralytics returns box, class and DFL terms, each already multiplied by the number of images.
-        terms, _ = model.loss(batch)  # type: ignore[operator]  # DetectionModel.loss, not a submodule
+        placed = {**batch, "img": _beside(model, batch["img"])}
+        terms, _ = model.loss(placed)  # type: ignore[operator]  # DetectionModel.loss, not a submodule
         total: Tensor = terms.sum()
         return total
 
     def outputs(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
-        decoded = model(batch["img"])
+        decoded = model(_beside(model, batch["img"]))
         raw = decoded[1] if isinstance(decoded, tuple) else decoded
         raw = raw.get("one2many", raw)
         total: Tensor = raw["boxes"].sum() + raw["scores"].sum()
@@ -166,14 +167,19 @@ class DetectionTask:
         self, model: nn.Module, recovery: Recovery, folder: Path, on_epoch: EpochCallback
     ) -> nn.Module:
         device = torch.device(resolve_device(recovery.device))
+
+        def accuracy(trained: nn.Module) -> float:
+            with full_precision():  # the accuracy on record, which what ships is held against
+                return self.evaluate(as_predictor(self.deployable(trained), device))
+
         with cpu_threads(recovery.threads):
             best = BestWeights()
-            best.offer(model, self.evaluate(self.predictor(model)))
+            best.offer(model, accuracy(model))
             if recovery.reestimate_images:
                 model.to(device)
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
-                reestimate_batchnorm(model, (batch["img"].to(device) for batch in batches))
-                best.offer(model, self.evaluate(self.predictor(model)))
+                reestimate_batchnorm(model, batches, self.outputs)
+                best.offer(model, accuracy(model))
             if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
                 trainer = RecoveryTrainer(
                     model,
@@ -181,13 +187,16 @@ class DetectionTask:
                     folder,
                     data=self.data,
                     imgsz=self.imgsz,
-                    judge=lambda trained: self.evaluate(self.predictor(trained)),
+                    judge=accuracy,
                     on_epoch=on_epoch,
                     best=best,
                 )
                 trainer.train()
                 model = trainer.ema.ema
         model = best.restore(model.to("cpu").float().eval())
+        # On a GPU Ultralytics trains with channels last, and weights keep that order: as shipped, another
+        # speed than the untrained network that was measured.
+        model.to(memory_format=torch.contiguous_format)
         model.requires_grad_(True)
         model.args = get_cfg()
         model.criterion = None  # type: ignore[assignment]  # holds tensors of the training device
@@ -303,6 +312,11 @@ class DetectionTask:
 
 class _Judge(DetectionValidator):  # type: ignore[misc]
     """Ultralytics' matching and mAP, fed from any predictor."""
+
+
+def _beside(model: nn.Module, images: Tensor) -> Tensor:
+    """The images on the model's device."""
+    return images.to(next(model.parameters()).device)
 
 
 def _scratch() -> Path:
