@@ -366,6 +366,7 @@ class Shop:
 
     def bench(self, device: Device) -> Bench:
         """Everything the trials of a device share."""
+        recovery, _ = self.recovery, self._placed  # what is wrong with them shows before the minutes
         profile = self.profile(device)
         return Bench(
             task=self.task,
@@ -379,7 +380,7 @@ class Shop:
             block_scores=self.block_scores(),
             rescore=self.rescore,
             baseline=self.baseline(device),
-            recovery=self.recovery,
+            recovery=recovery,
             min_channels=self.study.search.min_channels,
             latency_target=self.study.measure.target,
             latency_limit_s=self.study.measure.limit_s,

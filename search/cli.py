@@ -79,7 +79,7 @@ def quickstart(
     ),
     trials: Annotated[int, typer.Option("--trials", min=1, help="Trials per device.")] = 3,
 ) -> None:
-    """The whole main job on data it makes itself: no network, no data, a few minutes."""
+    """The whole main job on data it makes itself: no network, no data, 5 to 15 minutes."""
     from .quickstart import run_quickstart
 
     run_quickstart(dir, trials=trials, console=err)

@@ -23,10 +23,29 @@ if TYPE_CHECKING:
 
     from profiles.device import Device
 
+#: Making the study that they look at takes minutes.
+_SHARE_THE_SEARCHED = frozenset({"test_pages.py", "test_review.py", "test_shipping.py"})
+
 # Ultralytics reads this once, when it is imported: its settings file must not be the user's.
-if "YOLO_CONFIG_DIR" not in os.environ:
+_is_worker = "PYTEST_XDIST_WORKER" in os.environ
+if _is_worker or "YOLO_CONFIG_DIR" not in os.environ:
     _settings = tempfile.TemporaryDirectory(prefix="paretoprune-tests-")  # removed when the tests end
     os.environ["YOLO_CONFIG_DIR"] = _settings.name
+    if _is_worker:  # tests that run side by side share no host lock: none of them asserts a time
+        os.environ["TMPDIR"] = tempfile.tempdir = _settings.name
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `-n`: a file's tests stay together, and those of all files that share the searched study."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = Path(nodeid.partition("::")[0]).name
+            return "searched" if file in _SHARE_THE_SEARCHED else file
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

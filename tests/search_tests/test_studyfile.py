@@ -278,6 +278,12 @@ def test_files_that_hold_no_study(load: Any, text: str, says: str) -> None:
         ({"stopping": {"margin": 1.0}}, "stopping.margin", "less than 1, got 1.0"),
         ({"screening": {"candidates": -1}}, "screening.candidates", "greater than or equal to 0, got -1"),
         ({"limits": {"size_mb": 0}}, "limits.size_mb", "greater than 0, got 0"),
+        (
+            {"finetune": {"device": "gpu"}},
+            "finetune.device",
+            "one of auto, cpu, cuda, cuda:N, mps, got 'gpu'",
+        ),
+        ({"calibration": {"device": "cuda:"}}, "calibration.device", "one of auto, cpu, cuda, cuda:N, mps"),
         ({"search": {"betta": 0.5}}, "search.betta", "unknown key"),
         ({"search": {"beta": {"low": 0, "high": 1, "step": 0.1}}}, "search.beta.step", "unknown key"),
         ({"devices": []}, "devices", "needs at least one entry, got none"),

@@ -287,6 +287,18 @@ def test_rescored_channels_are_in_the_cache(
     assert all(np.array_equal(again.layers[name], values) for name, values in before.layers.items())
 
 
+@pytest.mark.parametrize("key", ["calibration", "finetune"])
+def test_a_gpu_that_is_not_here_is_said_before_anything_is_measured(
+    key: str, study: StudyFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    section = getattr(study, key).model_copy(update={"device": "cuda:99"})
+    file = study.model_copy(update={key: section})
+    monkeypatch.setattr(search.bench, "build_profile", lambda *_, **__: pytest.fail("measured first"))
+    own = Shop(file, Workspace(study.folder), notice=lambda text: None)
+    with pytest.raises(StudyFileError, match=rf"{key}\.device: device must be one .*, got 'cuda:99'"):
+        own.bench(file.device("ort").device())
+
+
 @pytest.fixture(scope="module")
 def deep(study: StudyFile) -> Bench:
     """A bench whose blocks may go."""
