@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from search.result import TrialParams, TrialResult
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(path.name for path in (ROOT / "benchmarks").glob("*.py"))
@@ -21,3 +25,39 @@ def test_it_starts_and_says_what_it_measures(script: str) -> None:
     assert "usage:" in done.stdout
     assert "--json" in done.stdout
     assert "--check" in done.stdout
+
+
+def trial(number: int, accuracy: float, latency_ms: float) -> dict[str, Any]:
+    steps = {"recover": 60.0, "measure": 38.0, "export": 2.0}
+    return TrialResult(
+        number, "d", "print", TrialParams(), "complete", accuracy=accuracy, latency_ms=latency_ms,
+        latency_p90_ms=latency_ms, speedup=10 / latency_ms, duration_s=steps,
+    ).to_json()  # fmt: skip
+
+
+def test_parts_of_the_search_benchmark_become_one_table(tmp_path: Path) -> None:
+    zero = trial(0, 0.8, 10)
+    runs = {
+        # Half the latency and half the accuracy: a quarter of the square; then three quarters of it.
+        "ours": [[10, zero], [20, trial(1, 0.4, 5)], [90, trial(2, 0.8, 2.5)]],
+        "plain-tpe": [[5, zero], [100, trial(1, 0.4, 5)]],
+    }
+    for way, run in runs.items():
+        (tmp_path / f"{way}.json").write_text(json.dumps({"seconds": 100, "runs": {way: [run]}}))
+    files = ",".join(str(tmp_path / f"{way}.json") for way in runs)
+    command = [sys.executable, "benchmarks/search.py", "--read", files, "--json", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)
+    assert found["ways"]["ours"]["hypervolume"] == pytest.approx([0, *[0.25] * 7, 0.75, 0.75])
+    assert found["ways"]["plain-tpe"]["final"] == pytest.approx([0.25])
+    assert found["gain"] == pytest.approx(3)
+    assert found["reached_s"] == {"plain-tpe": [20]}
+    assert found["overhead"] == pytest.approx(0.02)
+    assert found["runs"].keys() == runs.keys()
+    assert found["targets_met"]
+    assert done.returncode == 0
+
+    (tmp_path / "short.json").write_text(json.dumps({"seconds": 60, "runs": {}}))
+    command[3] += f",{tmp_path / 'short.json'}"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "runs of one length, got [60, 100] s" in done.stderr
