@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,19 +110,32 @@ class LossCurves:
         shallow, deep = int(at), min(int(at) + 1, len(depths) - 1)
         result = []
         for u, scores in enumerate(unit_scores):
-            curve = (1 - (at - shallow)) * self._curve(u, len(scores), shallow)
-            curve += (at - shallow) * self._curve(u, len(scores), deep)
-            result.append(np.maximum.accumulate(np.diff(_hull(curve)) + _FIRST_ORDER * scores))
+            near, far = (self._curve(u, len(scores), stage) for stage in (shallow, deep))
+            # Both are straight in between, so the mean of the two and what is below it bend here only.
+            counts = np.union1d(near[0], far[0])
+            rises = (1 - (at - shallow)) * np.interp(counts, *near) + (at - shallow) * np.interp(counts, *far)
+            corners = _hull(counts, rises)
+            curve = np.interp(np.arange(len(scores) + 1), counts[corners], rises[corners])
+            result.append(np.maximum.accumulate(np.diff(curve) + _FIRST_ORDER * scores))
         return result
 
-    def _curve(self, unit: int, channels: int, stage: int) -> FloatArray:
-        """The unit's rise at 0, 1, ..., channels removed, by the stages up to one."""
-        counts, rises = self._rise(unit, stage)
-        curve = np.interp(np.arange(channels + 1), counts, rises)
-        # Beyond what was measured the curve goes on as it ended.
-        slope = (rises[-1] - rises[-2]) / (counts[-1] - counts[-2]) if len(counts) > 1 else 0.0
-        curve[counts[-1] :] += slope * np.arange(channels + 1 - counts[-1])
-        return curve
+    @cached_property
+    def _curves(self) -> dict[tuple[int, int, int], tuple[FloatArray, FloatArray]]:
+        return {}
+
+    def _curve(self, unit: int, channels: int, stage: int) -> tuple[FloatArray, FloatArray]:
+        """The unit's rise by the stages up to one: removed counts, the first 0 and the last `channels`, and
+        the rises there.
+        """
+        key = (unit, channels, stage)
+        if key not in self._curves:
+            counts, rises = self._rise(unit, stage)
+            if counts[-1] < channels:  # beyond what was measured the curve goes on as it ended
+                slope = (rises[-1] - rises[-2]) / (counts[-1] - counts[-2]) if len(counts) > 1 else 0.0
+                rises = [*rises, rises[-1] + slope * (channels - counts[-1])]
+                counts = [*counts, channels]
+            self._curves[key] = np.array(counts, dtype=float), np.array(rises)
+        return self._curves[key]
 
     def _rise(self, unit: int, stage: int) -> tuple[list[int], list[float]]:
         """Points of a unit's curve: each stage's part from where its context stands to the next one's."""
@@ -156,17 +170,18 @@ class LossCurves:
         return cls(data["criterion"], tuple(data["units"]), stages)
 
 
-def _hull(curve: FloatArray) -> FloatArray:
-    """The largest convex function below a curve sampled at 0, 1, ..., n."""
+def _hull(counts: FloatArray, rises: FloatArray) -> list[int]:
+    """Indices of the corners of the largest convex function below a curve through these points."""
     corners = [0]
-    for i in range(1, len(curve)):
+    for i in range(1, len(counts)):
         while len(corners) > 1:
             a, b = corners[-2], corners[-1]
-            if (curve[b] - curve[a]) * (i - a) < (curve[i] - curve[a]) * (b - a):
+            ahead = (rises[b] - rises[a]) * (counts[i] - counts[a])
+            if ahead < (rises[i] - rises[a]) * (counts[b] - counts[a]):
                 break
             corners.pop()
         corners.append(i)
-    return np.interp(np.arange(len(curve)), corners, curve[corners])
+    return corners
 
 
 def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float) -> IntArray:

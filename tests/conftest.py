@@ -24,7 +24,12 @@ if TYPE_CHECKING:
     from profiles.device import Device
 
 #: Making the study that they look at takes minutes.
-_SHARE_THE_SEARCHED = frozenset({"test_pages.py", "test_review.py", "test_shipping.py"})
+_SHARE_THE_SEARCHED = ("test_pages.py", "test_review.py", "test_shipping.py")
+#: Files of a minute or more.
+_LONG = (
+    *_SHARE_THE_SEARCHED, "test_remote_search.py", "test_quickstart.py", "test_kills.py", "test_measure.py",
+    "test_workers.py", "test_cli.py", "test_detection.py", "test_classifier_study.py",
+)  # fmt: skip
 
 # Ultralytics reads this once, when it is imported: its settings file must not be the user's.
 _is_worker = "PYTEST_XDIST_WORKER" in os.environ
@@ -45,7 +50,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = Path(nodeid.partition("::")[0]).name
             return "searched" if file in _SHARE_THE_SEARCHED else file
 
+    config.option.loadscopereorder = False
     return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Side by side what is long begins first, so that no core ends up alone with it."""
+    if _is_worker:
+        items.sort(key=lambda item: _LONG.index(item.path.name) if item.path.name in _LONG else len(_LONG))
 
 
 @pytest.fixture(autouse=True)
