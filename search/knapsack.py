@@ -103,9 +103,11 @@ def choose(costs: Sequence[FloatArray], savings: Sequence[FloatArray], wanted: f
     positions = np.arange(need + 1)
     for cost, saving in zip(costs, savings, strict=True):
         gain = np.maximum(np.floor(saving / step).astype(np.int64), 0)
-        # With option o the units before must have saved at least b - gain[o].
-        before = best[np.maximum(positions[None, :] - gain[:, None], 0)]
-        total = before + cost[:, None]
+        # With option o the units before must have saved at least b - gain[o], and nothing where that is less.
+        total = np.empty((len(cost), need + 1))
+        for row, price, steps in zip(total, cost, np.minimum(gain, need + 1), strict=True):
+            row[:steps] = best[0] + price
+            row[steps:] = best[: need + 1 - steps] + price
         pick = np.argmin(total, axis=0)
         best = total[pick, positions]
         picks.append((pick, gain))

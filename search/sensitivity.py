@@ -110,32 +110,38 @@ class LossCurves:
         shallow, deep = int(at), min(int(at) + 1, len(depths) - 1)
         result = []
         for u, scores in enumerate(unit_scores):
-            near, far = (self._curve(u, len(scores), stage) for stage in (shallow, deep))
-            # Both are straight in between, so the mean of the two and what is below it bend here only.
-            counts = np.union1d(near[0], far[0])
-            rises = (1 - (at - shallow)) * np.interp(counts, *near) + (at - shallow) * np.interp(counts, *far)
+            counts, near, far = self._neighbours(u, len(scores), shallow, deep)
+            rises = (1 - (at - shallow)) * near + (at - shallow) * far
             corners = _hull(counts, rises)
             curve = np.interp(np.arange(len(scores) + 1), counts[corners], rises[corners])
             result.append(np.maximum.accumulate(np.diff(curve) + _FIRST_ORDER * scores))
         return result
 
     @cached_property
-    def _curves(self) -> dict[tuple[int, int, int], tuple[FloatArray, FloatArray]]:
+    def _known(self) -> dict[tuple[int, int, int], tuple[FloatArray, FloatArray, FloatArray]]:
         return {}
 
-    def _curve(self, unit: int, channels: int, stage: int) -> tuple[FloatArray, FloatArray]:
-        """The unit's rise by the stages up to one: removed counts, the first 0 and the last `channels`, and
-        the rises there.
+    def _neighbours(
+        self, unit: int, channels: int, shallow: int, deep: int
+    ) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """Where a unit's curves by two stages bend: removed counts, the first 0 and the last `channels`, and
+        both rises there. In between both are straight, so that nothing made of them bends elsewhere.
         """
-        key = (unit, channels, stage)
-        if key not in self._curves:
-            counts, rises = self._rise(unit, stage)
-            if counts[-1] < channels:  # beyond what was measured the curve goes on as it ended
-                slope = (rises[-1] - rises[-2]) / (counts[-1] - counts[-2]) if len(counts) > 1 else 0.0
-                rises = [*rises, rises[-1] + slope * (channels - counts[-1])]
-                counts = [*counts, channels]
-            self._curves[key] = np.array(counts, dtype=float), np.array(rises)
-        return self._curves[key]
+        key = (unit, channels, shallow)
+        if key not in self._known:
+            near, far = (self._curve(unit, channels, stage) for stage in (shallow, deep))
+            counts = np.union1d(near[0], far[0])
+            self._known[key] = counts, np.interp(counts, *near), np.interp(counts, *far)
+        return self._known[key]
+
+    def _curve(self, unit: int, channels: int, stage: int) -> tuple[FloatArray, FloatArray]:
+        """Removed counts and the rise there, by the stages up to one."""
+        counts, rises = self._rise(unit, stage)
+        if counts[-1] < channels:  # beyond what was measured the curve goes on as it ended
+            slope = (rises[-1] - rises[-2]) / (counts[-1] - counts[-2]) if len(counts) > 1 else 0.0
+            rises = [*rises, rises[-1] + slope * (channels - counts[-1])]
+            counts = [*counts, channels]
+        return np.array(counts, dtype=float), np.array(rises)
 
     def _rise(self, unit: int, stage: int) -> tuple[list[int], list[float]]:
         """Points of a unit's curve: each stage's part from where its context stands to the next one's."""
@@ -172,12 +178,12 @@ class LossCurves:
 
 def _hull(counts: FloatArray, rises: FloatArray) -> list[int]:
     """Indices of the corners of the largest convex function below a curve through these points."""
+    x, y = counts.tolist(), rises.tolist()  # numbers of Python's own are several times faster one by one
     corners = [0]
-    for i in range(1, len(counts)):
+    for i in range(1, len(x)):
         while len(corners) > 1:
             a, b = corners[-2], corners[-1]
-            ahead = (rises[b] - rises[a]) * (counts[i] - counts[a])
-            if ahead < (rises[i] - rises[a]) * (counts[b] - counts[a]):
+            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
                 break
             corners.pop()
         corners.append(i)
@@ -202,7 +208,9 @@ def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float
         scale = scale / _saved_per_channel(demand, cost_removed(cost), counts) ** beta
         prices = curves.prices(demand.unit_scores(), float(counts.sum()))
         losses = [np.concatenate([[0.0], np.cumsum(p)]) * s for p, s in zip(prices, scale, strict=True)]
-        counts = cheapest(demand, losses, counts)
+        before, counts = counts, cheapest(demand, losses, counts)
+        if np.array_equal(counts, before):
+            break  # what it was chosen around is what it came to
     return counts
 
 

@@ -68,6 +68,14 @@ def _own_stores(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def no_pngs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search ends without starting a browser for its pictures, which have tests of their own."""
+    import search.review
+
+    monkeypatch.setattr(search.review, "write_pngs", lambda drawn, folder: {})
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """What is computed here is too small to share out, and threads that wait cost more than they bring."""
     import torch

@@ -18,7 +18,7 @@ import search.cli
 import search.loop
 from profiles.connection import close_connections
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pngs")
 
 
 @pytest.fixture

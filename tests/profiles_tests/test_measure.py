@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil
@@ -162,12 +161,9 @@ def test_measured_processes_end_with_their_runner(export: Export) -> None:
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch", "openvino", "ncnn"])
 def test_every_convolution_of_yolov8n_is_accounted_for(runtime: str, data: Path, tmp_path: Path) -> None:
-    from ultralytics.nn.tasks import load_checkpoint
+    from objectives.detection.files import open_model
 
-    import objectives.detection  # noqa: F401  # which keeps Ultralytics quiet
-
-    load: Any = load_checkpoint
-    module = load(str(data / "yolov8n-bccd.pt"))[0].float().eval().fuse(verbose=False).eval()
+    module = open_model(str(data / "yolov8n-bccd.pt")).float().eval().fuse(verbose=False).eval()
     module.model[-1].export, module.model[-1].format = True, "onnx"
     device = Device("here", runtime, threads=1)
     artifact = export_artifact(module, device, tmp_path, (1, 3, 128, 128))

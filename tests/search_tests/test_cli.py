@@ -23,7 +23,7 @@ import search.cli
 from search.plan import PruningPlan
 from search.prune import check_widths
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pngs")
 
 
 @dataclass(frozen=True)

@@ -47,11 +47,8 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.fixture
-def study(tmp_path: Path, empty_store: bytes, monkeypatch: pytest.MonkeyPatch) -> StudyFile:
+def study(tmp_path: Path, empty_store: bytes, no_pngs: None, monkeypatch: pytest.MonkeyPatch) -> StudyFile:
     monkeypatch.setattr(search.loop, "run_trial", STAND_INS.stand_in)
-    monkeypatch.setattr(
-        search.review, "write_pngs", lambda drawn, folder: {}
-    )  # they have a test of their own
     made: StudyFile = STAND_INS.make_study(tmp_path, limits={"params": 5000, "latency_ms": 4.5})
     made.folder.mkdir(parents=True)
     (made.folder / "mlflow.db").write_bytes(empty_store)

@@ -25,7 +25,7 @@ PAGES = (
     "README.md", "mlflow/README.md", "objectives/builder.md", "profiles/runtime.md", "search/exporting.md",
     "search/launching.md", "search/reviewing.md",
 )  # fmt: skip
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pngs")
 
 
 def blocks(page: str, language: str) -> list[str]:

@@ -14,7 +14,7 @@ from search.found import fronts_of
 from search.quickstart import run_quickstart
 from search.studyfile import load_study_file
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "no_pngs")
 
 
 def test_quickstart_does_the_whole_job_and_goes_on_where_it_was(
