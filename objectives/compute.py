@@ -20,6 +20,13 @@ def check_device_name(device: str) -> str:
     return device
 
 
+def check_scoring_device(device: str) -> str:
+    """As `check_device_name`, for what sums scores in float64, which mps lacks."""
+    if device == "mps":
+        raise ValueError(f"must be one of auto, cpu, cuda, cuda:N (mps has no float64), got {device!r}")
+    return check_device_name(device)
+
+
 def resolve_device(device: str) -> str:
     """A torch device; "auto" becomes CUDA where there is one, else the CPU.
 

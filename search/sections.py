@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from objectives.compute import check_device_name
+from objectives.compute import check_device_name, check_scoring_device
 from profiles.device import Device
 
 from .allocation import ALLOCATIONS
@@ -59,6 +59,7 @@ Multiple = Annotated[int, Field(ge=1)]
 Word = Annotated[str, Field(min_length=1)]
 #: Where this process computes, unlike the devices of a study, on which the model shall run.
 TorchDevice = Annotated[str, AfterValidator(check_device_name)]
+ScoringDevice = Annotated[str, AfterValidator(check_scoring_device)]
 
 
 def _bounded(value: float | Range | Choices[float], low: float, high: float, *, closed: bool) -> None:
@@ -136,7 +137,7 @@ class CalibrationSection(Section):
     curve_images: Annotated[int, Field(ge=1)] | None = None
     batch: Annotated[int, Field(ge=1)] = 8
     loss: Literal["task", "outputs"] = "task"
-    device: TorchDevice = "auto"
+    device: ScoringDevice = "auto"
 
 
 class FinetuneSection(Section):

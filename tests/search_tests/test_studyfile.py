@@ -284,6 +284,7 @@ def test_files_that_hold_no_study(load: Any, text: str, says: str) -> None:
             "one of auto, cpu, cuda, cuda:N, mps, got 'gpu'",
         ),
         ({"calibration": {"device": "cuda:"}}, "calibration.device", "one of auto, cpu, cuda, cuda:N, mps"),
+        ({"calibration": {"device": "mps"}}, "calibration.device", "(mps has no float64), got 'mps'"),
         ({"search": {"betta": 0.5}}, "search.betta", "unknown key"),
         ({"search": {"beta": {"low": 0, "high": 1, "step": 0.1}}}, "search.beta.step", "unknown key"),
         ({"devices": []}, "devices", "needs at least one entry, got none"),
