@@ -54,6 +54,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """A worker of `-n auto` takes almost 2 GB, and more of them than long files gain nothing."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(4, cores)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Side by side what is long begins first, so that no core ends up alone with it."""
     if _is_worker:
