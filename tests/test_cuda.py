@@ -101,7 +101,7 @@ def test_two_copies_are_not_told_apart_and_layers_make_up_the_whole(tmp_path: Pa
 # ---- scores, curves, recovery --------------------------------------------------------------------
 
 
-def opened(shapes: Any, folder: Path, where: str, **keys: Any) -> StudyFile:
+def opened(shapes: Any, folder: Path, where: str) -> StudyFile:
     document = {
         "name": "tiny",
         "model": str(shapes.weights),
@@ -117,7 +117,6 @@ def opened(shapes: Any, folder: Path, where: str, **keys: Any) -> StudyFile:
         "profile": {"model": "bilinear", "repeats": 10},
         "measure": {"limit_s": 2, "target": 0.2},
         "trials": 2,
-        **keys,
     }
     folder.mkdir(exist_ok=True)
     (folder / "study.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
