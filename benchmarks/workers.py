@@ -190,7 +190,7 @@ def measure(server: str, workers: int, seconds: float, rounds: int, sampler: str
     ran = Counter(n for text in outputs for n in json.loads(text.splitlines()[-1])["ran"])
     complete = sum(r.state == "complete" for r in found)
     # Trial 0 comes on top and is everybody's first: nobody can begin before it is measured.
-    ideal_s = max(seconds, 1e-9) * (1 + rounds)
+    ideal_s = seconds * (1 + rounds)
     return {
         "workers": workers,
         "trials": len(found),
