@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ class LatencyProfile:
         """Latency of everything that is no layer."""
         return float(sum(self.other.values()))
 
-    @property
+    @cached_property
     def delta_ms(self) -> dict[str, float]:
         """Equation (5): mean latency of a layer per output channel, t_l / N_l."""
         return {layer.layer: layer.timing.mean_ms / layer.out_channels for layer in self.layers}

@@ -8,8 +8,10 @@ Knows no model, and of the device only the function that says what share a choic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,7 +48,7 @@ class Widths:
 
     def settle(self, kept: IntArray, channels: IntArray) -> IntArray:
         """Nearest allowed kept counts, `(units,)`; ties go up, towards keeping."""
-        rounded = np.floor(kept / self.round_to + 0.5).astype(np.int64) * self.round_to
+        rounded = (2 * kept + self.round_to) // (2 * self.round_to) * self.round_to
         rounded = np.maximum(rounded, self.floor)
         return np.where((rounded >= channels) | (kept >= channels), channels, rounded)
 
@@ -58,7 +60,11 @@ class Widths:
 
 def unit_scores(groups: ChannelGroups, scores: Sequence[FloatArray]) -> list[FloatArray]:
     """Per unit what its i-th removal costs: tied groups lose their i-th lowest channels together."""
-    return [np.sum([np.sort(scores[i]) for i in unit], axis=0) for unit in groups.units]
+    return _by_unit(groups, [np.sort(values) for values in scores])
+
+
+def _by_unit(groups: ChannelGroups, ascending: Sequence[FloatArray]) -> list[FloatArray]:
+    return [reduce(np.add, [ascending[i] for i in unit]) for unit in groups.units]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,9 +92,15 @@ class Demand:
         if not 0.0 <= self.ratio < 1.0:
             raise ValueError(f"ratio must be in [0, 1), got {self.ratio}")
 
+    @cached_property
+    def _orders(self) -> list[IntArray]:
+        """Per group its channels from the lowest score up."""
+        return [values.argsort(kind="stable") for values in self.scores]
+
     def unit_scores(self) -> list[FloatArray]:
         """See `unit_scores`."""
-        return unit_scores(self.groups, self.scores)
+        ascending = [values[order] for values, order in zip(self.scores, self._orders, strict=True)]
+        return _by_unit(self.groups, ascending)
 
     def pick(self, counts: IntArray) -> dict[str, IntArray]:
         """Group name to sorted indices of its lowest-scored channels, for `(U,)` counts; none, no entry."""
@@ -96,8 +108,7 @@ class Demand:
         for u, unit in enumerate(self.groups.units):
             for i in unit:
                 if counts[u] > 0:
-                    order = np.argsort(self.scores[i], kind="stable")
-                    removed[self.groups.groups[i].name] = np.sort(order[: counts[u]])
+                    removed[self.groups.groups[i].name] = np.sort(self._orders[i][: counts[u]])
         return removed
 
 
@@ -149,26 +160,31 @@ def cut(demand: Demand, order: IntArray) -> IntArray:
     """Follow an order of removals, unit by unit, until the share is reached; `(U,)` settled counts."""
     groups, widths = demand.groups, demand.widths
     channels = groups.unit_channels
-
-    def counts_at(cut: int) -> IntArray:
-        taken = np.bincount(order[:cut], minlength=len(channels))
-        return channels - widths.settle(channels - taken, channels)
-
-    def share(counts: IntArray) -> float:
-        return float(demand.share(groups.spread(counts)[None])[0])
-
     if demand.ratio == 0.0:
         return np.zeros(len(channels), dtype=np.int64)
-    low, high = 0, len(order)
-    while low < high:  # the smallest cut that reaches the share; the share does not fall with the cut
-        middle = (low + high) // 2
-        if share(counts_at(middle)) >= demand.ratio:
-            high = middle
-        else:
-            low = middle + 1
-    best = counts_at(low)
-    if low > 0:
-        before = counts_at(low - 1)
-        if demand.ratio - share(before) < share(best) - demand.ratio:
-            best = before
-    return best
+
+    def counts_at(start: int, step: int, n: int) -> IntArray:
+        """Settled counts `(n, U)` after `start` removals, `step` more, and so on."""
+        part = order[start : start + step * (n - 1)]
+        first = np.arange(len(part)) // step + 1  # the first row that a removal counts in
+        taken = np.bincount(first * len(channels) + part, minlength=n * len(channels)).reshape(n, -1)
+        taken[0] = np.bincount(order[:start], minlength=len(channels))
+        return channels - widths.settle(channels - taken.cumsum(axis=0), channels)
+
+    def reaches(counts: IntArray) -> tuple[int, FloatArray]:
+        """The first row that saves the share, the last where none does, and what each saves."""
+        shares = demand.share(groups.spread(counts))
+        enough = shares >= demand.ratio
+        return int(np.argmax(enough)) if enough.any() else len(shares) - 1, shares
+
+    # The smallest cut that reaches the share, which does not fall with the cut: every so many of them are
+    # looked at, all at once, then all between two of those.
+    step = math.isqrt(len(order)) + 1
+    found, _ = reaches(counts_at(0, step, -(-len(order) // step) + 1))
+    counts = counts_at(max(found - 1, 0) * step, 1, step + 1)
+    found, shares = reaches(counts)
+    # The one before may come nearer, by how widths are rounded.
+    if found > 0 and demand.ratio - shares[found - 1] < shares[found] - demand.ratio:
+        found -= 1
+    result: IntArray = counts[found]
+    return result

@@ -55,7 +55,7 @@ class ChannelGroup:
     channels: int
     members: tuple[Member, ...]
 
-    @property
+    @cached_property
     def weighted(self) -> tuple[Member, ...]:
         """The members that own the channels: convolutions and linear layers, `out` side."""
         return tuple(m for m in self.members if m.weighted)
@@ -130,6 +130,52 @@ class ChannelGroups:
             self._unit_of, weights=values, minlength=len(self.units)
         ).astype(np.float64)
         return result
+
+    @cached_property
+    def owners(self) -> frozenset[str]:
+        """The layers that own the groups' channels."""
+        return frozenset(m.layer for group in self.groups for m in group.weighted)
+
+    @cached_property
+    def _collected(self) -> tuple[Mapping[str, int], IntArray, IntArray, tuple[slice, ...]]:
+        """Layers that own channels, each with how many it has at least; and, all of these layers' channels
+        being one row, the places `(n,)` to add up and the channel `(n,)` that each belongs to, the groups'
+        channels being one row too; and the part of each group in that.
+        """
+        members = [m for group in self.groups for m in group.weighted]
+        sizes: dict[str, int] = {}
+        for member in members:
+            sizes[member.layer] = max(sizes.get(member.layer, 0), int(member.index.max()) + 1)
+        start = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
+        ends = np.cumsum(self.channels)
+        parts = tuple(slice(int(end - c), int(end)) for end, c in zip(ends, self.channels, strict=True))
+        places = [start[m.layer] + m.index.ravel() for m in members]
+        owners = [
+            np.repeat(np.arange(part.start, part.stop), m.index.shape[1])
+            for part, group in zip(parts, self.groups, strict=True)
+            for m in group.weighted
+        ]
+        return sizes, np.concatenate(places), np.concatenate(owners), parts
+
+    def collect(self, values: Mapping[str, NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+        """Values per layer's output channel, added up per channel of each group, one `(channels,)` each.
+
+        Args:
+            values: layer to `(output channels,)`; layers left out add nothing.
+
+        Raises:
+            ValueError: a layer with fewer values than channels.
+        """
+        sizes, places, owners, parts = self._collected
+        rows: list[NDArray[np.float64]] = []
+        for name, size in sizes.items():
+            row = values[name] if name in values else np.zeros(size)
+            if len(row) < size:
+                raise ValueError(f"layer {name} needs {size} values at least, got {len(row)}")
+            rows.append(row[:size])
+        taken = np.concatenate(rows)[places]
+        sums = np.bincount(owners, weights=taken, minlength=parts[-1].stop).astype(np.float64)
+        return [sums[part] for part in parts]
 
     def incidence(self, layers: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """How widths depend on groups: `(in, out)`, each `(layers, groups)`.

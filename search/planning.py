@@ -18,7 +18,7 @@ from .costs import quantity_of, unit_shares
 from .depth import weakest_blocks, without_blocks
 from .knapsack import knapsack
 from .plan import PruningPlan
-from .rerank import group_scores, hardware_scores, normalise, weighed_by_group
+from .rerank import group_scores, hardware_scores, weighed_by_group
 from .result import TrialParams
 from .sensitivity import sensitivity
 
@@ -43,14 +43,14 @@ def rerank(params: TrialParams, bench: Bench, gone: PruningPlan | None = None) -
     else:
         scores = bench.rescore(params.criterion, gone).layers
         counts += [len(gone.removed.get(group.name, ())) for group in groups.groups]
-    if params.allocation == "sensitivity":
-        result = group_scores(scores, groups)  # there beta weighs the measured loss instead
-    elif params.cost == "layer":
-        weighed = hardware_scores(scores, normalise(bench.profile.delta_ms), params.beta)
-        result = group_scores(weighed, groups)
+    # With `sensitivity` beta weighs the measured loss instead.
+    if params.allocation != "sensitivity" and params.cost == "layer":
+        result = group_scores(hardware_scores(scores, bench.delta_norm, params.beta), groups)
     else:
+        result = bench.group_scores(params.criterion) if gone is None else group_scores(scores, groups)
+    if params.allocation != "sensitivity" and params.cost != "layer":
         saved = bench.cost(quantity_of(params.cost)).marginal(counts)
-        result = weighed_by_group(group_scores(scores, groups), saved, params.beta)
+        result = weighed_by_group(result, saved, params.beta)
     if gone is not None:
         result = [values.copy() for values in result]
         for group, values in zip(groups.groups, result, strict=True):

@@ -91,16 +91,10 @@ def group_scores(scores: Mapping[str, FloatArray], groups: ChannelGroups) -> lis
     Raises:
         ValueError: no member of a group has a score.
     """
-    result = []
-    for group in groups.groups:
-        scored = [m for m in group.weighted if m.layer in scores]
-        if not scored:
+    for group in groups.groups if groups.owners - scores.keys() else ():
+        if not any(member.layer in scores for member in group.weighted):
             raise ValueError(
                 f"group {group.name} has no scored layer; scores cover {len(scores)} layers, none of "
                 f"{[m.layer for m in group.weighted]}"
             )
-        total = np.zeros(group.channels)
-        for member in scored:
-            total += scores[member.layer][member.index].sum(axis=1)
-        result.append(total)
-    return result
+    return groups.collect(scores)

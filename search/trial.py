@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -34,7 +35,7 @@ from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import Proxy, promise
 from .prune import check_widths, prune
-from .rerank import group_scores
+from .rerank import group_scores, normalise
 from .result import TrialParams, TrialResult
 from .scores import ChannelScores
 from .sensitivity import LossCurves
@@ -104,6 +105,11 @@ class Bench:
         if quantity not in self._costs:
             self._costs[quantity] = WidthCost.of(quantity, self.groups, self.profile)
         return self._costs[quantity]
+
+    @cached_property
+    def delta_norm(self) -> Mapping[str, float]:
+        """Equation (6): layer to its normalised latency per channel on this device, made once."""
+        return normalise(self.profile.delta_ms)
 
     def group_scores(self, criterion: str) -> list[NDArray[np.float64]]:
         """Cached scores summed over the members of each group, made once; not to be changed."""

@@ -354,3 +354,10 @@ def test_a_real_trained_detector(real_data: Path) -> None:
     check_widths(pruned, plan)
     want, have = outputs(silent), outputs(pruned)
     assert float((have - want).abs().max() / want.abs().max()) < 1e-5
+
+
+def test_values_of_layers_that_are_too_few_are_refused(case_of: Callable[[str], Case]) -> None:
+    groups = case_of("yolov8n").groups
+    layer = groups.groups[0].weighted[0].layer
+    with pytest.raises(ValueError, match=f"layer {layer} needs .* values at least, got 1"):
+        groups.collect({layer: np.ones(1)})
