@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import shutil
 import sys
@@ -35,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 ROOT = Path(__file__).resolve().parent.parent
 # Not this folder, whose `search.py` would hide the package of that name.
@@ -43,7 +43,7 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 from profiles.artifact import export_artifact  # noqa: E402  # The repository is not installed as a package.
 from profiles.connection import DeviceError  # noqa: E402
 from profiles.latency_model import LatencyModel  # noqa: E402
-from profiles.measure import compare  # noqa: E402
+from profiles.measure import CONFIDENCE, compare  # noqa: E402
 from search.allocation import Demand, Widths, rank  # noqa: E402
 from search.bench import Shop  # noqa: E402
 from search.budget import channels_removed  # noqa: E402
@@ -80,6 +80,7 @@ class Sample:
     round_to: int
     measured: float
     half_width: float
+    rounds: int
     predicted: dict[str, float]
 
 
@@ -133,7 +134,16 @@ def measure_plan(number: int, round_to: int, bench: Bench, folder: Path, limit_s
     }
     low, high = comparison.ratio_ci
     half_width = (high - low) / 2 / comparison.ratio
-    return Sample(source, params.ratio, params.beta, round_to, comparison.ratio, half_width, predicted)
+    return Sample(
+        source,
+        params.ratio,
+        params.beta,
+        round_to,
+        comparison.ratio,
+        half_width,
+        comparison.rounds,
+        predicted,
+    )
 
 
 def predict_ms(bench: Bench) -> tuple[float, float]:
@@ -165,16 +175,15 @@ def summary(samples: Sequence[Sample], kind: str) -> dict[str, float]:
 
 def attainable(samples: Sequence[Sample]) -> dict[str, float]:
     """The shares of plans that a model without any error would have within 10% and 5% of measured, as well as
-    the ratios are known: their 95% intervals taken as those of normal errors.
+    the ratios are known from their rounds: Student's t, as their intervals are.
     """
-    return {
-        key: float(
-            np.mean(
-                [math.erf(1.96 * share / max(sample.half_width, 1e-9) / math.sqrt(2)) for sample in samples]
-            )
-        )
-        for key, share in (("within_10", 0.10), ("within_5", 0.05))
-    }
+    chances: dict[str, list[float]] = {"within_10": [], "within_5": []}
+    for sample in samples:
+        freedom = sample.rounds - 1
+        error = sample.half_width / float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
+        for key, share in (("within_10", 0.10), ("within_5", 0.05)):
+            chances[key].append(2 * float(stats.t.cdf(share / error, freedom)) - 1)
+    return {key: float(np.mean(values)) for key, values in chances.items()}
 
 
 def run(network: str, runtime: str, args: argparse.Namespace, data: Path, work: Path) -> dict[str, Any]:
