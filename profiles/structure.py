@@ -28,17 +28,46 @@ def structure_digest(artifact: Artifact) -> str | None:
 
 
 def _onnx(path: Path) -> bytes:
+    """Every output as a hash of what leads to it: names, order and recorded shapes do not matter."""
     import onnx
 
-    model = onnx.load(path, load_external_data=False)
-    del model.metadata_props[:]
-    numbers = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16,
-               onnx.TensorProto.DOUBLE, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)  # fmt: skip
-    for tensor in model.graph.initializer:
-        if tensor.data_type in numbers:  # whole numbers are shapes and indices, which decide what is run
-            for field in ("raw_data", "float_data", "int32_data", "double_data"):
-                tensor.ClearField(field)
-    return bytes(model.SerializeToString(deterministic=True))
+    graph = (model := onnx.load(path, load_external_data=False)).graph
+    hashes = {"": ""}  # an input that is left out
+    for value in graph.input:
+        hashes[value.name] = _hash("input", _serialised(value.type))
+    for tensor in graph.initializer:
+        hashes[tensor.name] = _hash("tensor", _without_numbers(tensor))
+    for node in graph.node:
+        settings = []
+        for attribute in sorted(node.attribute, key=lambda a: str(a.name)):
+            own = _without_numbers(attribute.t) if attribute.HasField("t") else _serialised(attribute)
+            settings.append((attribute.name, own))
+        text = (node.domain, node.op_type, settings, [hashes[name] for name in node.input])
+        for place, name in enumerate(node.output):
+            hashes[name] = _hash(*text, place)
+    outputs = [hashes[value.name] for value in graph.output]
+    return repr((sorted((o.domain, o.version) for o in model.opset_import), outputs)).encode()
+
+
+def _without_numbers(tensor: Any) -> bytes:
+    """A tensor's type and shape, and what is in it where it holds whole numbers: shapes and indices, which
+    decide what is run.
+    """
+    import onnx
+
+    small = onnx.TensorProto(data_type=tensor.data_type, dims=tensor.dims)
+    kind = onnx.TensorProto
+    if tensor.data_type not in (kind.FLOAT, kind.FLOAT16, kind.BFLOAT16, kind.DOUBLE, kind.INT8, kind.UINT8):
+        small.raw_data = onnx.numpy_helper.to_array(tensor).tobytes()
+    return _serialised(small)
+
+
+def _serialised(message: Any) -> bytes:
+    return bytes(message.SerializeToString(deterministic=True))
+
+
+def _hash(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 def _openvino(path: Path) -> bytes:
@@ -61,8 +90,7 @@ def _openvino(path: Path) -> bytes:
                 (p.attrib.get("precision"), [d.text for d in p.iterfind("dim")]) for p in layer.iter("port")
             ]
             sources = [(port, hashes[source], out) for port, source, out in sorted(inputs.get(name, ()))]
-            text = repr((layer.attrib["type"], sorted(data.items()), ports, sources))
-            hashes[name] = hashlib.sha256(text.encode()).hexdigest()
+            hashes[name] = _hash(layer.attrib["type"], sorted(data.items()), ports, sources)
     results = [hashes[name] for name, layer in layers.items() if layer.attrib["type"] == "Result"]
     return "\n".join(sorted(results)).encode()
 

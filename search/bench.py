@@ -11,13 +11,14 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from objectives.compute import full_precision, resolve_device
 from objectives.placed import placed_on
@@ -33,6 +34,7 @@ from .costs import WidthCost
 from .criteria import WITH_IMAGES, compute_scores, scores_data_key
 from .depth import Block, block_scores, find_blocks
 from .groups import ChannelGroups, find_groups, is_selected
+from .model_files import Exported, export_like
 from .open_task import open_task
 from .plan import PruningPlan
 from .prune import prune
@@ -305,6 +307,11 @@ class Shop:
         write_json(record, {"key": key, "artifact": artifact.to_json()})
         return artifact
 
+    @cached_property
+    def baseline_weights(self) -> Mapping[str, Tensor]:
+        """The state dict of the module that `baseline` exports."""
+        return self.task.deployable(self.task.load_model()).state_dict()
+
     def profile(self, device: Device, *, refresh: bool = False) -> LatencyProfile:
         """The device's cached latency profile, measured where it is missing or was measured on another
         machine.
@@ -362,7 +369,8 @@ class Shop:
         # The seed is the variant's alone, but for the multiple.
         name = f"{variant.seed}-{variant.round_to}"
         with host_lock("export"):
-            return export_artifact(self.task.deployable(model), device, folder / name, self.task.input_shape)
+            whole = Exported(self.baseline(device), self.baseline_weights)
+            return export_like(whole, model, self.task, device, folder / name)[0].artifact
 
     def bench(self, device: Device) -> Bench:
         """Everything the trials of a device share."""
@@ -380,6 +388,7 @@ class Shop:
             block_scores=self.block_scores(),
             rescore=self.rescore,
             baseline=self.baseline(device),
+            baseline_weights=self.baseline_weights,
             recovery=recovery,
             min_channels=self.study.search.min_channels,
             latency_target=self.study.measure.target,

@@ -27,8 +27,8 @@ from .conditions import changed, conditions_of
 from .exported import CARD, FORMAT_VERSION, METRICS, check_target, replace_folder, sha256
 from .found import Found, fronts_of
 from .front import ParetoFront
-from .judge import PARITY_TOLERANCE, check_parity, export_model
 from .model_card import model_card
+from .model_files import PARITY_TOLERANCE, check_parity, export_model
 from .plan import PruningPlan
 from .prune import check_widths, prune
 from .recorder import open_tracker, versions

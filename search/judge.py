@@ -6,36 +6,26 @@ nothing of plans, training, or whether a trial is worth going on with.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from objectives.inference import as_predictor
 from objectives.size import count_macs
-from objectives.task import Predictor, Task
-from profiles.artifact import Artifact, export_artifact, open_artifact
-from profiles.device import Device
+from profiles.artifact import Artifact, open_artifact
 from profiles.lock import host_lock
 from profiles.measure import compare
-from profiles.refill import refill
 from profiles.structure import structure_digest
 from profiles.timing import Comparison
 
+from .model_files import Exported, check_parity, export_like, save_model
 from .workspace import write_json
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from .trial import Bench
-
-#: Largest difference between the PyTorch model and its exported artifact, relative to the outputs' largest
-#: value. Narrow arithmetic differs by more without being wrong; what it costs shows in the accuracy.
-PARITY_TOLERANCE = {"fp32": 1e-3, "fp16": 0.03, "bf16": 0.2}
-_PARITY_IMAGES = 2
 
 
 @dataclass(frozen=True)
@@ -43,43 +33,34 @@ class TimedModel:
     """A model's latency against the unpruned one, with the file that was measured.
 
     Attributes:
-        weights: of the module that was exported.
+        exported: the file that was measured.
         structure: see `profiles.structure`; None where it cannot be told.
-        size_mb: of the exported files, in 10^6 bytes.
     """
 
     comparison: Comparison
-    artifact: Artifact
-    weights: Mapping[str, Tensor]
+    exported: Exported
     structure: str | None
-    size_mb: float
 
 
 def time_untrained(model: nn.Module, bench: Bench, folder: Path, clock: Callable[[str], Any]) -> TimedModel:
     """Between prune and recover: what the pruned model will cost, before minutes are spent on its weights.
 
-    The file is exported like the one that ships, which `judge` makes of it; whoever calls removes `folder`.
+    The file is made like the one that ships, which `judge` makes of it; whoever calls removes `folder`.
     """
     # Not while another process measures on this machine: exporting keeps every core busy for seconds.
     with clock("export"), host_lock("export"):
-        task = bench.task
-        ready = task.deployable(model)
-        artifact = export_artifact(ready, bench.device, folder, task.input_shape, task.metadata(model))
-        structure = structure_digest(artifact)
+        whole = Exported(bench.baseline, bench.baseline_weights)
+        exported, _ = export_like(whole, model, bench.task, bench.device, folder)
+        structure = structure_digest(exported.artifact)
     with clock("measure"):
-        comparison = _compare(artifact, bench)
-    return TimedModel(comparison, artifact, ready.state_dict(), structure, size_mb(artifact))
+        comparison = _compare(exported.artifact, bench)
+    return TimedModel(comparison, exported, structure)
 
 
 def _compare(artifact: Artifact, bench: Bench) -> Comparison:
     return compare(
         bench.device, artifact, bench.baseline, target=bench.latency_target, limit_s=bench.latency_limit_s
     )
-
-
-def size_mb(artifact: Artifact) -> float:
-    """All files of an artifact together, in 10^6 bytes."""
-    return sum(path.stat().st_size for path in artifact.files) / 1e6
 
 
 @dataclass(frozen=True)
@@ -96,7 +77,7 @@ class Verdict:
     accuracy: float | None
     comparison: Comparison
     macs: int
-    artifact: Artifact
+    exported: Exported
     parity: float
     measured: str
     structure: str | None
@@ -114,8 +95,8 @@ def judge(
         ValueError: the artifact does not compute what the model computes.
     """
     with clock("export"), host_lock("export"):
-        artifact, parity = _ship(model, timed, bench, folder)
-        structure = structure_digest(artifact)
+        exported, parity = _ship(model, timed, bench, folder)
+        structure = structure_digest(artifact := exported.artifact)
         same = structure is not None and structure == timed.structure
         narrow = bench.device.precision != "fp32"
         accuracy = bench.task.evaluate(open_artifact(artifact, bench.device.threads)) if narrow else None
@@ -129,66 +110,18 @@ def judge(
         accuracy=accuracy,
         comparison=comparison,
         macs=count_macs(model, bench.task.input_shape),
-        artifact=artifact,
+        exported=exported,
         parity=parity,
         measured="before recovery, same structure" if same else "as shipped",
         structure=structure,
     )
 
 
-def _ship(model: nn.Module, timed: TimedModel, bench: Bench, folder: Path) -> tuple[Artifact, float]:
+def _ship(model: nn.Module, timed: TimedModel, bench: Bench, folder: Path) -> tuple[Exported, float]:
     """Write what ships, the measured file with the trained weights where it takes them; and the parity."""
     task = bench.task
     save_model(model, task, folder)
-    ready = task.deployable(model)
-    predict = as_predictor(ready)
-    refilled = refill(timed.artifact, timed.weights, ready.state_dict(), folder)
-    if refilled is not None:
-        # A weight that the exporter had also made part of a constant shows here.
-        with contextlib.suppress(ValueError):
-            return refilled, check_parity(predict, refilled, task)
-    artifact = export_artifact(ready, bench.device, folder, task.input_shape, task.metadata(model))
-    return artifact, check_parity(predict, artifact, task)
-
-
-def save_model(model: nn.Module, task: Task, folder: Path) -> None:
-    """Write the weights (safetensors) and the framework's own model file."""
-    from safetensors.torch import save_file
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(state, folder / "model.safetensors")
-    task.save(model, folder / "model.pt")
-
-
-def export_model(model: nn.Module, task: Task, device: Device, folder: Path) -> Artifact:
-    """Write the weights, the framework's own model file and the device's artifact."""
-    save_model(model, task, folder)
-    return export_artifact(task.deployable(model), device, folder, task.input_shape, task.metadata(model))
-
-
-def check_parity(predict: Predictor, artifact: Artifact, task: Task, images: int = _PARITY_IMAGES) -> float:
-    """Largest difference between a PyTorch model and its artifact on real images, relative to the largest
-    output.
-
-    Raises:
-        ValueError: it is above `PARITY_TOLERANCE`, or the shapes differ.
-    """
-    sample = task.sample_images(images)
-    run = open_artifact(artifact, threads=1)
-    worst = 0.0
-    for i in range(len(sample)):
-        expected, got = predict(sample[i : i + 1]), run(sample[i : i + 1])
-        for want, have in zip(expected, got, strict=True):
-            if want.shape != have.shape:
-                raise ValueError(
-                    f"the exported model must give outputs of shape {want.shape}, got {have.shape}"
-                )
-            scale = max(1.0, float(np.abs(want).max()))
-            worst = max(worst, float(np.abs(want - have).max()) / scale)
-    allowed = PARITY_TOLERANCE[artifact.precision]
-    if not worst <= allowed:
-        raise ValueError(
-            f"the exported model must match the PyTorch model within {allowed:g} of its largest output in "
-            f"{artifact.precision}, got {worst:.3g} on {len(sample)} images"
-        )
-    return worst
+    exported, parity = export_like(timed.exported, model, task, bench.device, folder)
+    if parity is None:
+        parity = check_parity(as_predictor(task.deployable(model)), exported.artifact, task)
+    return exported, parity

@@ -24,7 +24,7 @@ from profiles.lock import host_lock
 from profiles.measure import compare
 
 from .bench import Shop
-from .judge import check_parity
+from .model_files import check_parity
 from .open_task import open_task
 from .result import TrialResult, brief
 from .sections import ModelSection, ReferenceSection

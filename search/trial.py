@@ -29,7 +29,7 @@ from profiles.timing import Comparison
 from .costs import WidthCost
 from .depth import Block
 from .groups import ChannelGroups
-from .judge import TimedModel, Verdict, judge, size_mb, time_untrained
+from .judge import TimedModel, Verdict, judge, time_untrained
 from .plan import PruningPlan
 from .planning import make_plan, rerank
 from .prediction import predict_ms
@@ -45,7 +45,7 @@ from .workspace import write_json
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
 _OPEN = OpenGate()
 #: Folder of the file that is measured before the recovery, there until the trial ends.
@@ -76,6 +76,7 @@ class Bench:
         rescore: scores by a criterion of what a plan leaves; only schedules of several steps ask.
         profile: the device's cached latency profile.
         baseline: the unpruned model's artifact, measured in turns with every candidate.
+        baseline_weights: the state dict of the module in it; pruned models' artifacts are made from both.
         baseline_ms, baseline_p90_ms: its latency as trial 0 measured it; None before that.
         latency_target, latency_limit_s: when a measurement ends, see `profiles.measure.compare`.
     """
@@ -93,6 +94,7 @@ class Bench:
     latency_limit_s: float
     baseline_ms: float | None = None
     baseline_p90_ms: float | None = None
+    baseline_weights: Mapping[str, Tensor] = field(default_factory=dict)
     curves: Mapping[str, LossCurves] = field(default_factory=dict)
     blocks: tuple[Block, ...] = ()
     block_scores: Mapping[str, float] = field(default_factory=dict)
@@ -156,7 +158,7 @@ def run_trial(
             known.params = count_params(model)
         _go_on(gate.pruned(known.params))
         timed = known.timed = time_untrained(model, bench, folder / _UNTRAINED, clock)
-        _go_on(gate.measured(timed.comparison.ratio, timed.comparison.ratio_ci, timed.size_mb))
+        _go_on(gate.measured(timed.comparison.ratio, timed.comparison.ratio_ci, timed.exported.size_mb))
         with clock("recover"):
             if params.recovery == "scratch" and not plan.is_empty:
                 model = bench.task.reinitialise(model, bench.recovery.seed)
@@ -258,13 +260,13 @@ def _result(
         accuracy = verdict.accuracy
     details: dict[str, Any] = {
         "proxy": None if known.proxy is None else known.proxy.to_json(),
-        "size_mb": known.timed.size_mb if known.timed else None,
+        "size_mb": known.timed.exported.size_mb if known.timed else None,
         "removed_share": _removed_share(plan, bench),
         "blocks": list(plan.blocks),
     }
     if verdict:
         details |= {"parity": verdict.parity, "measured": verdict.measured, "structure": verdict.structure}
-        details["size_mb"] = size_mb(verdict.artifact)
+        details["size_mb"] = verdict.exported.size_mb
     if comparison:
         details |= _comparison_details(comparison, plan.is_empty)
     if stopped is not None:
@@ -283,7 +285,7 @@ def _result(
         duration_s=clock.durations,
         epochs=tuple(known.epochs),
         plan_digest=plan.digest,
-        artifact_digest=verdict.artifact.digest if verdict else None,
+        artifact_digest=verdict.exported.artifact.digest if verdict else None,
         finished_at=datetime.now(UTC).isoformat(timespec="seconds"),
         details=details,
         **(_latency(comparison, bench) if comparison else {}),

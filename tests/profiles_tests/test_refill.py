@@ -15,6 +15,7 @@ from profiles.device import Device
 from profiles.refill import refill
 from profiles.structure import structure_digest
 
+METADATA = {"names": "a, b"}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -42,12 +43,12 @@ class Shifted(Net):
 
 
 def export(net: nn.Module, folder: Path, runtime: str = "onnxruntime") -> Artifact:
-    return export_artifact(net.eval(), Device("d", runtime), folder, (1, 3, 16, 16), {"names": "a, b"})
+    return export_artifact(net.eval(), Device("d", runtime), folder, (1, 3, 16, 16), METADATA)
 
 
 def refilled(old: nn.Module, new: nn.Module, folder: Path) -> Artifact | None:
     """An export of the old module with the weights of the new one, in `folder / "filled"`."""
-    return refill(export(old, folder / "old"), old.state_dict(), new.state_dict(), folder / "filled")
+    return refill(export(old, folder / "old"), old.state_dict(), new.eval(), folder / "filled", METADATA)
 
 
 def run(artifact: Artifact) -> np.ndarray:  # type: ignore[type-arg]
@@ -58,7 +59,7 @@ def run(artifact: Artifact) -> np.ndarray:  # type: ignore[type-arg]
 def test_it_computes_what_an_export_of_the_new_weights_computes(tmp_path: Path) -> None:
     old, new = Net(0), Net(1)
     source = export(old, tmp_path / "old")
-    filled = refill(source, old.state_dict(), new.state_dict(), tmp_path / "filled")
+    filled = refill(source, old.state_dict(), new.eval(), tmp_path / "filled", METADATA | {"imgsz": "16"})
     assert filled is not None
     assert filled.path == tmp_path / "filled" / "model.onnx"
     np.testing.assert_array_equal(run(filled), run(export(new, tmp_path / "new")))
@@ -66,7 +67,7 @@ def test_it_computes_what_an_export_of_the_new_weights_computes(tmp_path: Path) 
     assert structure_digest(filled) == structure_digest(source)
     assert filled.digest != source.digest
     assert filled.layers == source.layers
-    assert {p.key: p.value for p in onnx.load(filled.path).metadata_props} == {"names": "a, b"}
+    assert {p.key: p.value for p in onnx.load(filled.path).metadata_props} == METADATA | {"imgsz": "16"}
     # What is read back later is held against the digest.
     assert Artifact.from_json(filled.to_json(), tmp_path / "filled") == filled
 
@@ -123,10 +124,76 @@ def test_files_of_other_runtimes_are_exported_anew(runtime: str, tmp_path: Path)
         pytest.importorskip("pnnx")
     net = Net(0)
     source = export(net, tmp_path / "old", runtime)
-    assert refill(source, net.state_dict(), net.state_dict(), tmp_path / "filled") is None
+    assert refill(source, net.state_dict(), net, tmp_path / "filled", METADATA) is None
 
 
-def test_another_width_is_another_network(tmp_path: Path) -> None:
-    net = Net(0)
-    other = net.state_dict() | {"head.weight": torch.zeros(5, 8)}
-    assert refill(export(net, tmp_path / "old"), net.state_dict(), other, tmp_path / "filled") is None
+# ---- other widths ------------------------------------------------------------------------------------
+
+
+class Halves(nn.Module):
+    """What pruning meets in a detector: a layer split into halves, a depthwise one, one called twice."""
+
+    def __init__(self, width: int, half: int, seed: int, by: str = "chunk") -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.by = by
+        self.stem = nn.Conv2d(3, width, 3, padding=1)
+        self.depthwise = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.wide = nn.Conv2d(width, 2 * half, 1)
+        self.inner = nn.Conv2d(half, half, 3, padding=1)
+        self.head = nn.Linear(3 * half, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.wide(torch.relu(self.depthwise(self.stem(images)))))
+        half = x.shape[1] // 2
+        first, second = x.chunk(2, 1) if self.by == "chunk" else x.split((half, half), 1)
+        x = torch.cat([first, second, self.inner(self.inner(second))], 1)
+        scores: Tensor = self.head(x.mean((2, 3)))
+        return scores
+
+
+def assert_as_exported(old: nn.Module, new: nn.Module, folder: Path) -> None:
+    """The file made from the old module's is the one that exporting the new one writes."""
+    filled, wanted = refilled(old, new, folder), export(new, folder / "new")
+    assert filled is not None
+    np.testing.assert_array_equal(run(filled), run(wanted))
+    assert structure_digest(filled) == structure_digest(wanted)
+    assert structure_digest(filled) != structure_digest(export(old, folder / "again"))
+    assert filled.layers == wanted.layers
+    shapes = {value.name: value for value in onnx.load(wanted.path).graph.value_info}
+    recorded = onnx.load(filled.path).graph.value_info
+    assert recorded
+    assert all(value == shapes[value.name] for value in recorded)
+
+
+@pytest.mark.parametrize("by", ["chunk", "split"])
+@pytest.mark.parametrize(("width", "half"), [(8, 4), (5, 8), (7, 3)])
+def test_a_narrower_network_gives_the_file_that_exporting_it_gives(
+    by: str, width: int, half: int, tmp_path: Path
+) -> None:
+    assert_as_exported(Halves(8, 8, 0, by), Halves(width, half, 1, by), tmp_path)
+
+
+def test_a_width_that_the_file_holds_in_another_way_is_exported_anew(tmp_path: Path) -> None:
+    class Uneven(Halves):
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.wide(self.stem(images))
+            third = x.shape[1] // 3  # a part that does not divide the whole
+            scores: Tensor = self.head(
+                torch.cat([x[:, third:], x[:, : x.shape[1] // 2 + third]], 1).mean((2, 3))
+            )
+            return scores
+
+    assert refilled(Uneven(8, 8, 0), Uneven(8, 4, 1), tmp_path) is None
+
+
+def test_other_layers_are_another_network(tmp_path: Path) -> None:
+    class Shorter(Net):
+        def forward(self, images: Tensor) -> Tensor:
+            scores: Tensor = self.head(self.body[0](images).mean((2, 3)))  # of what is still there
+            return scores
+
+    other = Net(0)
+    other.extra = nn.Conv2d(3, 3, 1)  # type: ignore[assignment]
+    assert refilled(Net(0), other, tmp_path) is None
+    assert refilled(Net(0), Shorter(0), tmp_path) is None

@@ -22,8 +22,8 @@ from search.depth import without_blocks
 from search.export import metrics_json
 from search.found import Found
 from search.front import ParetoFront
-from search.judge import export_model
 from search.model_card import model_card
+from search.model_files import export_model
 from search.plan import PruningPlan
 from search.prune import prune
 from search.result import TrialParams, TrialResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from torch import nn
 
 import search.bench
 import search.judge
+import search.model_files
 from profiles.artifact import Artifact, LayerSpec, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
@@ -25,7 +27,7 @@ from profiles.latency_profile import LatencyProfile, LayerProfile
 from profiles.refill import refill
 from profiles.timing import Comparison, Timing
 from search.bench import Shop
-from search.judge import check_parity
+from search.model_files import check_parity
 from search.plan import PruningPlan
 from search.planning import make_plan, rerank
 from search.prediction import predict_ms
@@ -464,7 +466,7 @@ def test_a_file_of_another_structure_is_measured_itself(
 
 
 @pytest.mark.parametrize("takes", [True, False])
-def test_what_ships_is_the_measured_file_with_the_trained_weights(
+def test_what_is_measured_and_ships_is_the_unpruned_models_file_with_other_weights(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, takes: bool
 ) -> None:
     exported: list[Path] = []
@@ -474,19 +476,24 @@ def test_what_ships_is_the_measured_file_with_the_trained_weights(
         exported.append(folder)
         return export_artifact(module, device, folder, *more)
 
-    def fill(artifact: Artifact, old: Any, new: Any, folder: Path) -> Artifact | None:
-        wrong = {name: torch.rand_like(tensor.float()) for name, tensor in new.items()}
-        refilled.append(refill(artifact, old, new if takes else wrong, folder))
-        return refilled[-1]
+    def fill(artifact: Artifact, old: Any, module: nn.Module, folder: Path, *more: Any) -> Artifact | None:
+        if not takes:
+            module = copy.deepcopy(module)
+            for tensor in module.state_dict().values():
+                tensor.copy_(torch.rand(tensor.shape))
+        found = refill(artifact, old, module, folder, *more)
+        refilled.append(found)
+        return found
 
-    monkeypatch.setattr(search.judge, "export_artifact", export)
-    monkeypatch.setattr(search.judge, "refill", fill)
+    monkeypatch.setattr(search.model_files, "export_artifact", export)
+    monkeypatch.setattr(search.model_files, "refill", fill)
     folder = tmp_path / "trial"
     scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
     result = run_trial(1, PARAMS, scaled, folder, Listener())
-    assert refilled[0] is not None
-    assert exported == ([folder / "untrained"] if takes else [folder / "untrained", folder])
-    assert (result.artifact_digest == refilled[0].digest) == takes
+    assert all(refilled)
+    assert len(refilled) == 2
+    assert exported == ([] if takes else [folder / "untrained", folder])
+    assert (result.artifact_digest == refilled[-1].digest) == takes  # type: ignore[union-attr]
     assert result.details["parity"] < 1e-4
     assert not (folder / "untrained").exists()
 
