@@ -113,11 +113,13 @@ class _Part:
 
     Attributes:
         bounds: of a slice where it begins and ends, of a split the sizes; input of the node to value.
+        names: input of the node to the constant that holds it.
         width: channels of the tensor that they are of.
     """
 
     node: Any
     bounds: Mapping[int, tuple[int, ...]]
+    names: Mapping[int, str]
     width: int
 
     def scaled(self, width: int) -> dict[int, tuple[int, ...]] | None:
@@ -126,14 +128,14 @@ class _Part:
             return dict(self.bounds)
         values = [value for bounds in self.bounds.values() for value in bounds]
         if self.node.op_type == "Slice":
-            start, end = values[0], min(values[1], self.width)  # "to the end" is a very large number
+            start, end = values[0], min(values[1], self.width)
             even = 0 <= start < end and start % (end - start) == 0 and self.width % (end - start) == 0
         else:
             even = len(set(values)) == 1
-        if not even or any(min(value, self.width) * width % self.width for value in values):
+        if not even or any(value * width % self.width for value in values if value <= self.width):
             return None
-        return {
-            place: tuple(min(value, self.width) * width // self.width for value in bounds)
+        return {  # a very large number means "to the end" of any width
+            place: tuple(v if v > self.width else v * width // self.width for v in bounds)
             for place, bounds in self.bounds.items()
         }
 
@@ -157,7 +159,8 @@ def _parts(model: Any, shapes: Mapping[str, Any]) -> list[_Part]:
         else:
             continue
         if bounds and node.input[0] in shapes:
-            found.append(_Part(node, bounds, _channels(shapes[node.input[0]])))
+            names = {place: node.input[place] for place in bounds}
+            found.append(_Part(node, bounds, names, _channels(shapes[node.input[0]])))
     return found
 
 
@@ -180,16 +183,15 @@ def _settle(model: Any, layers: tuple[LayerSpec, ...], parts: list[_Part]) -> bo
         known = {tensor.name for tensor in graph.initializer}
         moved = False
         for part in parts:
-            value = shapes.get(part.node.input[0])
-            wanted = part.scaled(_channels(value)) if value is not None else {}
+            width = _channels(shapes.get(part.node.input[0]))
+            wanted = part.scaled(width) if width else {}  # not known before the parts before it are set
             if wanted is None:
                 return False
             for place, bounds in wanted.items():
-                name = "channels/" + "-".join(map(str, bounds))
-                if bounds == part.bounds[place] or part.node.input[place] == name:
-                    continue
+                same = bounds == part.bounds[place]
+                name = part.names[place] if same else "channels/" + "-".join(map(str, bounds))
+                moved = moved or part.node.input[place] != name
                 part.node.input[place] = name
-                moved = True
                 if name not in known:
                     known.add(name)
                     graph.initializer.append(numpy_helper.from_array(np.array(bounds, np.int64), name))
@@ -232,8 +234,8 @@ def _shapes(model: Any, *, strict: bool = False) -> dict[str, Any]:
 
 
 def _channels(value: Any) -> int:
-    """Size along the axis of channels, 0 where it has none."""
-    dims = value.type.tensor_type.shape.dim
+    """Size along the axis of channels, 0 where it has none or none is known."""
+    dims = value.type.tensor_type.shape.dim if value is not None else ()
     return int(dims[_AXIS].dim_value) if len(dims) > _AXIS else 0
 
 

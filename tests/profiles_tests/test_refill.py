@@ -146,7 +146,10 @@ class Halves(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = torch.relu(self.wide(torch.relu(self.depthwise(self.stem(images)))))
         half = x.shape[1] // 2
-        first, second = x.chunk(2, 1) if self.by == "chunk" else x.split((half, half), 1)
+        if self.by == "slice":
+            first, second = x[:, :half], x[:, half:]
+        else:
+            first, second = x.chunk(2, 1) if self.by == "chunk" else x.split((half, half), 1)
         x = torch.cat([first, second, self.inner(self.inner(second))], 1)
         scores: Tensor = self.head(x.mean((2, 3)))
         return scores
@@ -166,7 +169,7 @@ def assert_as_exported(old: nn.Module, new: nn.Module, folder: Path) -> None:
     assert all(value == shapes[value.name] for value in recorded)
 
 
-@pytest.mark.parametrize("by", ["chunk", "split"])
+@pytest.mark.parametrize("by", ["chunk", "split", "slice"])
 @pytest.mark.parametrize(("width", "half"), [(8, 4), (5, 8), (7, 3)])
 def test_a_narrower_network_gives_the_file_that_exporting_it_gives(
     by: str, width: int, half: int, tmp_path: Path

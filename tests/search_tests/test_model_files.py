@@ -1,0 +1,98 @@
+"""A pruned network's file made from the whole one's is the file that exporting it writes, weights apart."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from objectives.classification import ClassificationTask
+from objectives.detection import DetectionTask
+from objectives.synthetic import CLASSES, make_detection_set
+from objectives.task import Task
+from profiles.artifact import export_artifact, open_artifact
+from profiles.device import Device
+from profiles.structure import structure_digest
+from search.groups import find_groups
+from search.model_files import Exported, export_like
+from search.plan import PruningPlan
+from search.prune import prune
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+DEVICE = Device("here", "onnxruntime", threads=1)
+CLASSIFIERS = (
+    "resnet_cifar:resnet20",
+    "networks:resnet18",
+    "networks:mobilenet_v2",
+    "networks:efficientnet_lite0",
+    "networks:vgg16",
+    "networks:alexnet",
+)
+DETECTORS = ("yolov8n", "yolo11n", "yolo26n")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 255, (4, 32, 32, 3)).astype(np.uint8), np.arange(4)
+    np.savez(folder / "noise.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    make_detection_set(folder / "shapes", images_train=2, images_val=2, imgsz=64, seed=0)
+    return folder
+
+
+def task_of(name: str, folder: Path) -> Task:
+    if name in DETECTORS:
+        from ultralytics.utils.checks import check_yaml  # behind `objectives`, which silences it
+
+        architecture = folder / f"{name}.yaml"
+        stock = Path(check_yaml(f"{name[:-1]}.yaml")).read_text(encoding="utf-8")
+        architecture.write_text(stock.replace("nc: 80", f"nc: {len(CLASSES)}"), encoding="utf-8")
+        return DetectionTask(str(architecture), str(folder / "shapes" / "data.yaml"), 64)
+    arguments = {"small": True} if name.startswith("networks:") else {}
+    return ClassificationTask(name, str(folder / "noise.npz"), folder=EXAMPLES, arguments=arguments)
+
+
+def draw(model: nn.Module) -> None:
+    """Weights as different from each other as a training makes them; biases and statistics begin alike."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                    tensor.copy_(torch.rand_like(tensor) + 0.5)  # type: ignore[union-attr,arg-type]
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.normal_(0.0, 0.1)
+
+
+@pytest.mark.parametrize("name", [*DETECTORS, *CLASSIFIERS])
+def test_it_is_the_file_of_an_export(name: str, folder: Path, tmp_path: Path) -> None:
+    task = task_of(name, folder)
+    model = task.load_model()
+    draw(model)
+    ready = task.deployable(model)
+    whole = Exported(export_artifact(ready, DEVICE, tmp_path / "whole", task.input_shape), ready.state_dict())
+    groups, random = find_groups(task.traceable(model), model), np.random.default_rng(1)
+    removed = {}
+    for unit, channels in zip(groups.units, groups.unit_channels.tolist(), strict=True):
+        count = int(channels * random.uniform(0.0, 0.6))
+        removed |= {groups.groups[i].name: random.choice(channels, count, False) for i in unit}
+    pruned = prune(model, PruningPlan.of(task.model_key, groups, removed), task.settle)
+    made, parity = export_like(whole, pruned, task, DEVICE, tmp_path / "made")
+    if name.startswith("resnet_cifar"):
+        assert parity is None, "a padded shortcut has its widths in its code, so it is exported"
+    else:
+        assert parity is not None
+    exported = export_artifact(task.deployable(pruned), DEVICE, tmp_path / "exported", task.input_shape)
+    assert structure_digest(made.artifact) == structure_digest(exported)
+    assert made.artifact.layers == exported.layers
+    images = task.sample_images(1)
+    for have, want in zip(
+        open_artifact(made.artifact, 1)(images), open_artifact(exported, 1)(images), strict=True
+    ):
+        np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
