@@ -54,8 +54,9 @@ def export_like(
     ready, metadata = task.deployable(model), task.metadata(model)
     refilled = refill(like.artifact, like.weights, ready, folder, metadata)
     if refilled is not None:
-        # What the file holds in a form that is not seen to depend on a weight or a width shows here.
-        with contextlib.suppress(ValueError, RuntimeError):
+        # What the file holds in a form that is not seen to depend on a weight or a width shows here, as other
+        # outputs or as whatever the runtime raises.
+        with contextlib.suppress(Exception):
             return Exported(refilled, ready.state_dict()), check_parity(as_predictor(ready), refilled, task)
     artifact = export_artifact(ready, device, folder, task.input_shape, metadata)
     return Exported(artifact, ready.state_dict()), None

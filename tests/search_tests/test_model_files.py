@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from torch import nn
 
+import search.model_files
 from objectives.classification import ClassificationTask
 from objectives.detection import DetectionTask
+from objectives.inference import as_predictor
 from objectives.synthetic import CLASSES, make_detection_set
 from objectives.task import Task
-from profiles.artifact import export_artifact, open_artifact
+from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
+from profiles.runner.files import model_digest
 from profiles.structure import structure_digest
 from search.groups import find_groups
-from search.model_files import Exported, export_like
+from search.model_files import Exported, check_parity, export_like
 from search.plan import PruningPlan
 from search.prune import prune
 
@@ -96,3 +101,24 @@ def test_it_is_the_file_of_an_export(name: str, folder: Path, tmp_path: Path) ->
         open_artifact(made.artifact, 1)(images), open_artifact(exported, 1)(images), strict=True
     ):
         np.testing.assert_allclose(have, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
+
+
+def test_what_does_not_open_is_exported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = task_of("resnet_cifar:resnet20", folder)
+    ready = task.deployable(model := task.load_model())
+    whole = Exported(export_artifact(ready, DEVICE, tmp_path / "whole", task.input_shape), ready.state_dict())
+
+    def spoil(artifact: Artifact, *_: object) -> Artifact:
+        path = tmp_path / "spoilt.onnx"
+        spoilt = onnx.load(artifact.path)
+        spoilt.graph.node[0].input[1] = spoilt.graph.node[-1].input[1]  # a weight of another shape
+        onnx.save(spoilt, path)
+        return replace(artifact, path=path, digest=model_digest(path))
+
+    monkeypatch.setattr(search.model_files, "refill", spoil)
+    made, parity = export_like(whole, model, task, DEVICE, tmp_path / "made")
+    assert parity is None
+    assert made.artifact.path.parent == tmp_path / "made"
+    assert check_parity(as_predictor(ready), made.artifact, task) < 1e-5
