@@ -111,7 +111,9 @@ def _find_layers(path: Path, module: nn.Module, layers: tuple[LayerSpec, ...]) -
     content = path.with_suffix(".bin").read_bytes()
     places: dict[int, str] = {}
     for layer in layers:
-        place = _place(content, module.get_parameter(f"{layer.layer}.weight").detach().numpy(), layer, places)
+        place = find_weight(
+            content, module.get_parameter(f"{layer.layer}.weight").detach().numpy(), layer, places
+        )
         if place is None:
             raise ValueError(
                 f"the weight of layer {layer.layer} is not in ncnn's file; "
@@ -129,7 +131,7 @@ def _find_layers(path: Path, module: nn.Module, layers: tuple[LayerSpec, ...]) -
     return {places[place]: (name,) for place, name in zip(sorted(places), weighted, strict=True)}
 
 
-def _place(
+def find_weight(
     content: bytes, weight: np.ndarray[Any, Any], layer: LayerSpec, taken: Mapping[int, str]
 ) -> int | None:
     """Where a weight begins in ncnn's file of weights; equal weights are told apart by `taken`."""

@@ -16,6 +16,7 @@ import numpy as np
 
 from .artifact import Artifact, LayerSpec
 from .export import content_digest, trace_layers
+from .refill_ncnn import refill_ncnn
 from .runner.files import model_digest
 
 if TYPE_CHECKING:
@@ -249,4 +250,4 @@ def _is_constant(values: np.ndarray) -> bool:
 
 
 _Refiller = Callable[[Path, Path, tuple[LayerSpec, ...], Weights, Weights, Mapping[str, str]], bool]
-_REFILLERS: dict[str, _Refiller] = {"onnxruntime": _onnx}
+_REFILLERS: dict[str, _Refiller] = {"onnxruntime": _onnx, "ncnn": refill_ncnn}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -118,10 +119,10 @@ def test_a_weight_that_the_exporter_worked_into_another_is_not_filled(tmp_path: 
     assert refilled(Shifted(0), Shifted(1), tmp_path) is None
 
 
-@pytest.mark.parametrize("runtime", ["torch", "ncnn"])
+@pytest.mark.parametrize("runtime", ["torch", "openvino"])
 def test_files_of_other_runtimes_are_exported_anew(runtime: str, tmp_path: Path) -> None:
-    if runtime == "ncnn":
-        pytest.importorskip("pnnx")
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
     net = Net(0)
     source = export(net, tmp_path / "old", runtime)
     assert refill(source, net.state_dict(), net, tmp_path / "filled", METADATA) is None
@@ -200,3 +201,29 @@ def test_other_layers_are_another_network(tmp_path: Path) -> None:
     other.extra = nn.Conv2d(3, 3, 1)  # type: ignore[assignment]
     assert refilled(Net(0), other, tmp_path) is None
     assert refilled(Net(0), Shorter(0), tmp_path) is None
+
+
+# ---- ncnn ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slopes", [False, True])
+def test_in_ncnn_weights_and_biases_of_layers_are_exchanged_and_nothing_else(
+    slopes: bool, tmp_path: Path
+) -> None:
+    pytest.importorskip("ncnn")
+    pytest.importorskip("pnnx")
+    old, new = Net(0), Net(1)
+    new.scale = old.scale
+    if not slopes:  # which lie in the file as well, but not as a layer's
+        new.body[1] = old.body[1]
+    source = export(old, tmp_path / "old", "ncnn")
+    filled = refill(source, old.state_dict(), new.eval(), tmp_path / "filled", METADATA | {"imgsz": "16"})
+    if slopes:
+        assert filled is None
+        return
+    assert filled is not None
+    np.testing.assert_array_equal(run(filled), run(export(new, tmp_path / "new", "ncnn")))
+    assert not np.allclose(run(filled), run(source))
+    assert structure_digest(filled) == structure_digest(source)
+    assert json.loads(filled.path.with_suffix(".json").read_text()) == METADATA | {"imgsz": "16"}
+    assert Artifact.from_json(filled.to_json(), tmp_path / "filled") == filled
