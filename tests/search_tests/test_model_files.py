@@ -39,8 +39,13 @@ CLASSIFIERS = (
     "networks:alexnet",
 )
 DETECTORS = ("yolov8n", "yolo11n", "yolo26n")
-#: What has its widths in its code: padded shortcuts, and for ncnn channels that are split at a number.
-EXPORTED = {"onnxruntime": ("resnet_cifar:resnet20",), "ncnn": ("resnet_cifar:resnet20", "yolo11n")}
+#: What has its widths in its code: padded shortcuts, depthwise layers as OpenVINO reads them, and for ncnn
+#: channels that are split at a number.
+EXPORTED = {
+    "onnxruntime": ("resnet_cifar:resnet20",),
+    "openvino": ("resnet_cifar:resnet20", "networks:mobilenet_v2", "yolo11n"),
+    "ncnn": ("resnet_cifar:resnet20", "yolo11n"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -81,13 +86,16 @@ def draw(model: nn.Module) -> None:
     ("runtime", "name"),
     [
         *(("onnxruntime", name) for name in (*DETECTORS, *CLASSIFIERS)),
-        *(("ncnn", name) for name in ("yolov8n", "yolo11n", *CLASSIFIERS[::2])),
+        *(
+            (runtime, name)
+            for runtime in ("openvino", "ncnn")
+            for name in ("yolov8n", "yolo11n", *CLASSIFIERS[::2])
+        ),
     ],
 )
 def test_it_is_the_file_of_an_export(runtime: str, name: str, folder: Path, tmp_path: Path) -> None:
-    if runtime == "ncnn":
-        pytest.importorskip("ncnn")
-        pytest.importorskip("pnnx")
+    for needed in {"openvino": ("openvino",), "ncnn": ("ncnn", "pnnx")}.get(runtime, ()):
+        pytest.importorskip(needed)
     device = Device("here", runtime, threads=1)
     task = task_of(name, folder)
     model = task.load_model()

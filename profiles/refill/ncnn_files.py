@@ -10,15 +10,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .artifact import LayerSpec
-from .export_ncnn import find_weight
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from ..artifact import LayerSpec
+from ..export_ncnn import find_weight
+from .weights import Exchange
 
 #: Kind of layer to the keys of its output channels, of how many numbers its weight has, and of its groups.
 _KEYS: Mapping[str, tuple[int, int, int | None]] = {
@@ -65,44 +63,36 @@ def refill_ncnn(
     source: Path,
     target: Path,
     layers: tuple[LayerSpec, ...],
-    old: Mapping[str, Tensor],
-    changed: Mapping[str, Tensor],
+    exchange: Exchange,
     metadata: Mapping[str, str],
 ) -> bool:
-    """Exchange the weights that changed, and the widths that say how many numbers they have.
-
-    Returns:
-        Whether it could: not where another parameter changed than a layer's weight or bias, where these are
-        not in the file as they are, or where something else may depend on how many channels there are.
+    """Whether it could, see `Refiller`: not where another parameter changed than a layer's weight or bias,
+    where these are not in the file as they are, or something else may depend on how many channels there are.
     """
     lines = source.read_text().splitlines()
     rows = {line.split()[1]: number for number, line in enumerate(lines) if len(line.split()) > 2}
-    narrower = any(tensor.shape != old[name].shape for name, tensor in changed.items())
-    if narrower and not all(_takes_any_channels(line.split()) for line in lines[2:]):
+    if exchange.resizes and not all(_takes_any_channels(line.split()) for line in lines[2:]):
         return False
     content = source.with_suffix(".bin").read_bytes()
     taken: dict[int, str] = {}
     pieces: list[tuple[int, int, bytes]] = []
-    filled = set()
     for spec in layers:
-        names = [name for key in ("weight", "bias") if (name := f"{spec.layer}.{key}") in old]
         row = rows[spec.names[0]]
         kind = lines[row].split()[0]
-        place = find_weight(content, old[names[0]].detach().numpy(), spec, taken)
+        found = [exchange.of(f"{spec.layer}.{name}") for name in ("weight", "bias")]
+        own = [pair for pair in found if pair is not None]
+        place = find_weight(content, own[0][0], spec, taken)
         if place is None or kind not in _KEYS:
             return False
         taken[place] = spec.layer
-        before = b"".join(_bytes(old[name]) for name in names)  # the bias follows its weight
+        before = b"".join(_bytes(was) for was, _ in own)  # the bias follows its weight
         if content[place : place + len(before)] != before:
             return False
-        now = [changed.get(name, old[name]) for name in names]
-        pieces.append((place, place + len(before), b"".join(map(_bytes, now))))
-        filled.update(names)
-        widths = zip(_KEYS[kind], (spec.out_channels, now[0].numel(), spec.groups), strict=True)
-        for key, value in widths:
+        pieces.append((place, place + len(before), b"".join(_bytes(now) for _, now in own)))
+        for key, value in zip(_KEYS[kind], (spec.out_channels, own[0][1].size, spec.groups), strict=True):
             if key is not None:
                 lines[row] = re.sub(rf"(?<= ){key}=\S+", f"{key}={value}", lines[row])
-    if changed.keys() - filled:
+    if not exchange.is_complete:
         return False
     ends = [0, *(end for _, end, _ in sorted(pieces))]
     parts = [content[at:start] + new for at, (start, _, new) in zip(ends, sorted(pieces), strict=False)]
@@ -123,5 +113,5 @@ def _takes_any_channels(words: list[str]) -> bool:
     return words[0] in _INDIFFERENT or words[0] in _KEYS
 
 
-def _bytes(tensor: Tensor) -> bytes:
-    return np.ascontiguousarray(tensor.detach().numpy(), dtype=np.float32).tobytes()
+def _bytes(values: NDArray[np.generic]) -> bytes:
+    return np.ascontiguousarray(values, dtype=np.float32).tobytes()
