@@ -154,7 +154,7 @@ def measure_variants(
     *,
     repeats: int,
     warmup: int,
-    limit_s: float = 35.0,
+    limit_s: float = 32.0,
 ) -> Measured:
     """Latency of each artifact relative to the baseline, and its operators.
 
