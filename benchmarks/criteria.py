@@ -2,14 +2,15 @@
 
 Run: `uv run python benchmarks/criteria.py [--check]`; a short look: `--ways core --points 0.45 --seeds 1`.
 
-YOLOv8n on blood cells at 320 px. Every way of choosing (criterion, allocation, beta, cost) is brought to the
-same measured latency: the ratio is moved until the exported model, measured in turns with the unpruned one,
-takes 65%, 45% and 30% of its time. Then all are trained back alike, with several seeds. What is compared is
-the mean accuracy, beside the spread between seeds.
+YOLOv8n on blood cells at 320 px. Every way of choosing (criterion, allocation, beta, cost, steps) is brought
+to the same measured latency: the ratio is moved until the exported model, measured in turns with the unpruned
+one, takes 65%, 45% and 30% of its time. Then all are trained back alike, with several seeds. What is compared
+is the mean accuracy, beside the spread between seeds.
 
 Ways: every criterion with `rank` (beta 0), `uniform` and `knapsack`; `taylor` with `rank` at beta 0.5 and
 with `complexity` over parameters, MACs and memory (random filters); and ours, `taylor` with `sensitivity` at
-beta 0.25 and 1, of which the better one counts. `core` is ours and the three it has to beat.
+beta 0.25 and 1, of which the better one counts. `core` is ours and the three it has to beat; `steps` is
+`taylor` and `taylor_rise`, ranked and by loss curves, at once and in four steps with scores taken anew.
 
 Targets: ours is first at every point, by more than the spread between seeds, against `taylor` with `rank` at
 beta 0, `taylor` with `knapsack`, and `l1` with `uniform`.
@@ -51,7 +52,7 @@ from search.studyfile import load_study_file  # noqa: E402
 from search.trial import Bench  # noqa: E402
 from search.workspace import Workspace  # noqa: E402
 
-CRITERIA = ("taylor", "taylor_weight", "l1", "bn", "fpgm", "hrank", "random")
+CRITERIA = ("taylor", "taylor_rise", "taylor_weight", "l1", "bn", "fpgm", "hrank", "random")
 POINTS = (0.65, 0.45, 0.30)
 #: How far the measured share may be from the point: well below what separates the points.
 CLOSE = 0.015
@@ -66,7 +67,7 @@ search:
   criterion: {{choices: [{criteria}]}}
   allocation: {{choices: [rank, sensitivity]}}
   ratio_of: latency
-calibration: {{images: 64, batch: 16}}
+calibration: {{images: 64, batch: 16, curve_images: {curve_images}}}
 finetune: {{epochs: {epochs}, batch: 8}}
 """
 
@@ -79,10 +80,12 @@ class Way:
     allocation: str
     beta: float = 0.0
     cost: str = "layer"
+    steps: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.criterion}, {self.allocation}, beta {self.beta:g}, {self.cost}"
+        steps = f", {self.steps} steps" if self.steps > 1 else ""
+        return f"{self.criterion}, {self.allocation}, beta {self.beta:g}, {self.cost}{steps}"
 
 
 #: Beta is a search variable: small ones keep more at shallow cuts, large ones at deep cuts. At each point the
@@ -90,10 +93,21 @@ class Way:
 OURS = tuple(Way("taylor", "sensitivity", beta, "marginal") for beta in (0.25, 1.0))
 BEATEN = (Way("taylor", "rank"), Way("taylor", "knapsack"), Way("l1", "uniform"))
 CORE = (*OURS, *BEATEN)
+#: At once and in four steps with scores taken anew, by the absolute value and by the rise alone.
+STEPS = tuple(
+    way
+    for criterion in ("taylor", "taylor_rise")
+    for steps in (1, 4)
+    for way in (
+        Way(criterion, "rank", steps=steps),
+        Way(criterion, "sensitivity", OURS[0].beta, "marginal", steps),
+    )
+)
 ALL = tuple(
     dict.fromkeys(
         (
             *CORE,
+            *STEPS,
             *(Way(c, a) for c in CRITERIA for a in ("rank", "uniform", "knapsack")),
             Way("taylor", "rank", 0.5),
             Way("taylor", "rank", 0.5, "marginal"),
@@ -101,6 +115,9 @@ ALL = tuple(
         )
     )
 )
+
+
+SETS = {"core": CORE, "steps": STEPS, "all": ALL}
 
 
 @dataclass(frozen=True)
@@ -134,6 +151,7 @@ def plan_at(way: Way, ratio: float, bench: Bench) -> PruningPlan:
         cost=way.cost,
         allocation=way.allocation,
         round_to=bench.profile.channel_multiple,
+        steps=way.steps,
     )
     return make_plan(params, rerank(params, bench), bench)
 
@@ -214,12 +232,15 @@ def table_text(rows: Sequence[Row]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--ways", choices=("core", "all"), default="all")
+    parser.add_argument("--ways", choices=tuple(SETS), default="all")
     parser.add_argument("--points", default=",".join(f"{p:g}" for p in POINTS), help="shares of the latency")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--limit-s", type=float, default=15.0, help="of a latency measurement")
+    parser.add_argument(
+        "--curve-images", type=int, default=64, help="images that loss curves are measured on"
+    )
     parser.add_argument("--keep", type=Path, help="JSON file of finished rows, read and written")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
@@ -227,7 +248,7 @@ def main() -> int:
     data = Path(os.environ.get("PARETOPRUNE_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (data / "yolov8n-bccd.pt").is_file():
         parser.error(f"no yolov8n-bccd.pt in {data}; set PARETOPRUNE_DATA")
-    ways = CORE if args.ways == "core" else ALL
+    ways = SETS[args.ways]
     criteria = ", ".join(dict.fromkeys(way.criterion for way in ways))
     rows: list[Row] = []
     if args.keep and args.keep.exists():
@@ -237,7 +258,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as work:
         # Scores and curves are worth keeping beside the rows.
         folder = args.keep.resolve().parent if args.keep else Path(work)
-        text = STUDY.format(data=data, threads=args.threads, criteria=criteria, epochs=args.epochs)
+        text = STUDY.format(
+            data=data,
+            threads=args.threads,
+            criteria=criteria,
+            epochs=args.epochs,
+            curve_images=args.curve_images,
+        )
         (folder / "criteria.yaml").write_text(text, encoding="utf-8")
         study = load_study_file(folder / "criteria.yaml")
         shop = Shop(study, Workspace(study.folder), notice=note)
@@ -246,7 +273,7 @@ def main() -> int:
         done = {(row.way, row.point) for row in rows}
         points = [float(point) for point in args.points.split(",")]
         left = [(way, point) for point in points for way in ways if (way.name, point) not in done]
-        needs_curves = any(way.allocation == "sensitivity" for way, _ in left)
+        curved = dict.fromkeys(way.criterion for way, _ in left if way.allocation == "sensitivity")
         bench = Bench(
             task=shop.task,
             device=device,
@@ -259,7 +286,8 @@ def main() -> int:
             min_channels=study.search.min_channels,
             latency_target=study.measure.target,
             latency_limit_s=args.limit_s,
-            curves={"taylor": shop.curves("taylor", profile)} if needs_curves else {},
+            curves={criterion: shop.curves(criterion, profile) for criterion in curved},
+            rescore=shop.rescore,
         )
         for way, point in left:
             rows.append(run_way(way, point, args.seeds, bench, Path(work)))

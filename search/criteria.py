@@ -13,12 +13,13 @@ from objectives.task import Task
 
 from .feature_rank import hrank
 from .groups import find_groups
-from .scores import ChannelScores, FloatArray, taylor, taylor_weight
+from .scores import ChannelScores, FloatArray, taylor, taylor_rise, taylor_weight
 from .weight_scores import bn, fpgm, l1, random
 
 #: Criterion to what it measures and who published it.
 SOURCES: Mapping[str, str] = {
     "taylor": "|dL/dc * c| summed over a channel's map: Nechypurenko & Sorokin 2026, equation (3)",
+    "taylor_rise": "max(0, -dL/dc * c): the part of equation (3) in which the loss rises",
     "taylor_weight": "(dL/dw * w summed over a filter) squared, per minibatch: Molchanov et al. 2019",
     "l1": "sum of a filter's absolute weights: Li et al. 2017",
     "bn": "scale |gamma| of the batch norm that follows: Liu et al. 2017",
@@ -27,8 +28,9 @@ SOURCES: Mapping[str, str] = {
     "random": "chance, one number per group channel",
 }
 CRITERIA = tuple(SOURCES)
+_BY_LOSS = {"taylor": taylor, "taylor_rise": taylor_rise, "taylor_weight": taylor_weight}
 #: Those that ask the loss, and those that look at images at all; the others read the weights alone.
-WITH_LOSS = frozenset({"taylor", "taylor_weight"})
+WITH_LOSS = frozenset(_BY_LOSS)
 WITH_IMAGES = WITH_LOSS | {"hrank"}
 
 
@@ -70,10 +72,9 @@ def _layers(
 ) -> Mapping[str, FloatArray]:
     model = task.load_model()
     match criterion:
-        case "taylor" | "taylor_weight":
+        case _ if criterion in _BY_LOSS:
             function = task.loss if loss == "task" else task.outputs
-            by_loss = taylor if criterion == "taylor" else taylor_weight
-            return by_loss(model, task.calibration(images, batch), function, on_batch)
+            return _BY_LOSS[criterion](model, task.calibration(images, batch), function, on_batch)
         case "hrank":
             return hrank(model, task.calibration(images, batch), task.outputs, on_batch)
         case "l1":

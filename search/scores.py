@@ -124,6 +124,34 @@ def taylor(
     Raises:
         ValueError: there were no batches, or a gradient is not finite.
     """
+    return _by_maps(model, batches, loss, lambda product: product.abs(), on_batch)
+
+
+def taylor_rise(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    on_batch: Callable[[int], None] = lambda done: None,
+) -> dict[str, FloatArray]:
+    """The part of `taylor` that is harm: `max(0, -sum over the map of dL/dc * c)`, mean over the images.
+
+    To first order an image's loss changes by `-dL/dc * c` when a channel goes. Where a network is at a
+    minimum, rises and falls are as large as each other and this is half of `taylor`. Where it is not, as one
+    that has lost channels already is not, the absolute value keeps channels whose loss would be a gain.
+
+    Args, Returns, Raises: as `taylor`.
+    """
+    return _by_maps(model, batches, loss, lambda product: (-product).clamp(min=0.0), on_batch)
+
+
+def _by_maps(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Tensor],
+    worth: Callable[[Tensor], Tensor],
+    on_batch: Callable[[int], None],
+) -> dict[str, FloatArray]:
+    """Mean over images of `worth` of `dL/dc * c` summed over each channel's map, `(images, channels)`."""
     import torch
     from torch import nn
 
@@ -150,7 +178,7 @@ def taylor(
                 if product.ndim == 4
                 else product.reshape(len(product), -1, product.shape[-1]).sum(1)
             )
-            score = product.abs().sum(0).cpu().numpy()
+            score = worth(product).sum(0).cpu().numpy()
             _require_finite(score, name, done)
             totals[name] = totals.get(name, 0.0) + score
             count = max(count, len(product))

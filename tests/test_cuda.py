@@ -127,7 +127,9 @@ def shop_of(study: StudyFile) -> Shop:
     return Shop(study, Workspace(study.folder), notice=lambda text: None)
 
 
-@pytest.mark.parametrize("criterion", ["taylor", "taylor_weight", "hrank", "l1", "bn", "random"])
+@pytest.mark.parametrize(
+    "criterion", ["taylor", "taylor_rise", "taylor_weight", "hrank", "l1", "bn", "random"]
+)
 def test_scores_are_those_of_the_cpu(criterion: str, shapes: Any, tmp_path: Path) -> None:
     cpu, gpu = (
         shop_of(opened(shapes, tmp_path / where, where)).scores(criterion) for where in ("cpu", "cuda")

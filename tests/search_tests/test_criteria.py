@@ -17,7 +17,7 @@ from search.criteria import CRITERIA, SOURCES, WITH_IMAGES, WITH_LOSS, compute_s
 from search.feature_rank import hrank
 from search.groups import ChannelGroups, find_groups
 from search.rerank import group_scores
-from search.scores import taylor, taylor_weight
+from search.scores import taylor, taylor_rise, taylor_weight
 from search.tables import score_json
 from search.weight_scores import bn, fpgm, l1, random
 
@@ -93,6 +93,39 @@ class ResidualTask:
     def outputs(self, model: nn.Module, x: Tensor) -> Tensor:
         total: Tensor = model(x).sum()
         return total
+
+
+# ---- taylor_rise ---------------------------------------------------------------------------------
+
+
+def test_taylor_rise_counts_the_images_whose_loss_would_rise() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False)).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 0, 0], [0, 1.0, 0]]).reshape(2, 3, 1, 1))  # type: ignore[operator]
+    x = torch.zeros(3, 3, 1, 1, dtype=torch.float64)
+    x[:, 0, 0, 0] = torch.tensor([1.0, -2.0, 4.0])
+    x[:, 1, 0, 0] = 3.0
+
+    def linear(
+        m: nn.Module, batch: Tensor
+    ) -> Tensor:  # channel 0 lowers it by its value, channel 1 raises it
+        out = m(batch)
+        total: Tensor = (out[:, 1] - out[:, 0]).sum()
+        return total
+
+    # Without channel 0 the loss changes by 1, -2 and 4; without channel 1 it falls on every image.
+    assert taylor_rise(model, [x], linear)["0"] == pytest.approx([(1 + 4) / 3, 0.0])
+    assert taylor(model, [x], linear)["0"] == pytest.approx([(1 + 2 + 4) / 3, 3.0])
+
+
+def test_taylor_is_the_rise_and_the_fall() -> None:
+    model = residual()
+    both = taylor(model, [images(4)], loss)
+    rise = taylor_rise(model, [images(4)], loss)
+    fall = taylor_rise(model, [images(4)], lambda m, x: -loss(m, x))
+    for name, values in both.items():
+        np.testing.assert_allclose(rise[name] + fall[name], values)
+        assert not np.allclose(rise[name], fall[name])
 
 
 # ---- taylor_weight -------------------------------------------------------------------------------
@@ -295,8 +328,12 @@ def test_every_group_of_a_model_gets_a_score(criterion: str) -> None:
     groups = groups_of(residual().float(), torch.float32)
     for values, group in zip(group_scores(scores.layers, groups), groups.groups, strict=True):
         assert values.shape == (group.channels,)
-        # Maps of noise have full rank all alike, and no batch norm follows the hidden layer.
-        if criterion != "hrank" and (criterion, group.name) != ("bn", "hidden"):
+        # Maps of noise have full rank all alike, no batch norm follows the hidden layer, and none of its
+        # channels lowers the loss of any image.
+        if criterion != "hrank" and (criterion, group.name) not in (
+            ("bn", "hidden"),
+            ("taylor_rise", "hidden"),
+        ):
             assert len(np.unique(values)) > 1, group.name
     again = compute_scores(criterion, task, images=4, batch=2, loss="task", seed=1)
     for name, values in scores.layers.items():
