@@ -79,7 +79,9 @@ def _parts(model: Any, shapes: Mapping[str, Any]) -> list[_Part]:
     for node in model.graph.node:
         constants = {place: whole[name] for place, name in enumerate(node.input) if name in whole}
         if node.op_type == "Slice" and constants.get(3) == (AXIS,) and constants.get(4, (1,)) == (1,):
-            bounds = {place: constants[place] for place in (1, 2)}
+            bounds = {place: constants[place] for place in range(1, 3) if place in constants}
+            if len(bounds) < 2:
+                continue  # computed, so they follow by themselves or not at all
         elif node.op_type == "Split" and any(a.name == "axis" and a.i == AXIS for a in node.attribute):
             bounds = {1: constants[1]} if 1 in constants else {}  # left out, they are even
         else:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.refill import refill
+from profiles.refill.parts import scaled_slice, scaled_split
 from profiles.structure import structure_digest
 
 METADATA = {"names": "a, b"}
@@ -173,6 +174,40 @@ def test_a_narrower_network_gives_the_file_that_exporting_it_gives(
     by: str, width: int, half: int, tmp_path: Path
 ) -> None:
     assert_as_exported(Halves(8, 8, 0, by), Halves(width, half, 1, by), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("part", "width", "now", "wanted"),
+    [
+        ((0, 16), 32, 20, (0, 10)),
+        ((16, 32), 32, 20, (10, 20)),
+        ((16, 2**63 - 1), 32, 20, (10, 2**63 - 1)),
+        ((8, 16), 32, 8, (2, 4)),
+        ((8, 24), 32, 32, (8, 24)),
+        ((8, 24), 32, 16, None),  # no part of an even split
+        ((0, 16), 32, 21, None),
+        ((0, 12), 32, 16, None),
+        ((-16, 32), 32, 16, None),
+    ],
+)
+def test_a_slice_of_other_channels(
+    part: tuple[int, int], width: int, now: int, wanted: tuple[int, int] | None
+) -> None:
+    assert scaled_slice(*part, width, now) == wanted
+
+
+@pytest.mark.parametrize(
+    ("sizes", "now", "wanted"),
+    [
+        ((16, 16), 20, (10, 10)),
+        ((8, 8, 8), 9, (3, 3, 3)),
+        ((8, 24), 32, (8, 24)),
+        ((8, 24), 16, None),
+        ((4, 4), 7, None),
+    ],
+)
+def test_a_split_of_other_channels(sizes: tuple[int, ...], now: int, wanted: tuple[int, ...] | None) -> None:
+    assert scaled_split(sizes, now) == wanted
 
 
 def test_a_width_that_the_file_holds_in_another_way_is_exported_anew(tmp_path: Path) -> None:
