@@ -37,7 +37,7 @@ class Exchange:
         self._found: set[str] = set()
         self._names: dict[str, list[str]] = {}
         for name, tensor in old.items():
-            self._names.setdefault(_digest(tensor.detach().numpy()), []).append(name)
+            self._names.setdefault(_digest(tensor.detach().cpu().numpy()), []).append(name)
 
     @property
     def resizes(self) -> bool:
@@ -55,7 +55,7 @@ class Exchange:
             return None
         self._found.add(name)
         new = self._changed.get(name, self._old[name])
-        return self._old[name].detach().numpy(), new.detach().numpy()
+        return self._old[name].detach().cpu().numpy(), new.detach().cpu().numpy()
 
     def now(self, values: NDArray[np.generic]) -> NDArray[np.generic] | None:
         """What a tensor of the file has to hold; None where that did not change.
@@ -72,7 +72,7 @@ class Exchange:
                 raise NotToldApartError(f"{names} have equal values")
             (name,) = names
             self._found.add(name)
-            new = self._changed[name].detach().numpy()
+            new = self._changed[name].detach().cpu().numpy()
             shape = tuple(self._old[name].shape)
             return np.ascontiguousarray(new.T if turned else _as_stored(new, shape, values.shape))
         return None
