@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from objectives.inference import as_predictor
 from objectives.size import count_macs
 from profiles.artifact import Artifact, open_artifact
 from profiles.lock import host_lock
@@ -19,7 +18,7 @@ from profiles.measure import compare
 from profiles.structure import structure_digest
 from profiles.timing import Comparison
 
-from .model_files import Exported, check_parity, export_like, save_model
+from .model_files import Exported, export_like, save_model
 from .workspace import write_json
 
 if TYPE_CHECKING:
@@ -121,7 +120,6 @@ def _ship(model: nn.Module, timed: TimedModel, bench: Bench, folder: Path) -> tu
     """Write what ships, the measured file with the trained weights where it takes them; and the parity."""
     task = bench.task
     save_model(model, task, folder)
-    exported, parity = export_like(timed.exported, model, task, bench.device, folder)
-    if parity is None:
-        parity = check_parity(as_predictor(task.deployable(model)), exported.artifact, task)
+    exported, parity = export_like(timed.exported, model, task, bench.device, folder, check=True)
+    assert parity is not None
     return exported, parity

@@ -43,23 +43,30 @@ class Exported:
 
 
 def export_like(
-    like: Exported, model: nn.Module, task: Task, device: Device, folder: Path
+    like: Exported, model: nn.Module, task: Task, device: Device, folder: Path, *, check: bool = False
 ) -> tuple[Exported, float | None]:
     """The device's artifact of a model, from the file of another one with the same layers where that can be.
 
+    Args:
+        check: hold an artifact that was exported anew against the model, too.
+
     Returns:
-        The artifact, and its parity where it was made from `like`; exported anew it has not been held against
-        the model.
+        The artifact and its parity; None where it was exported anew and not checked.
+
+    Raises:
+        ValueError: with `check`, the artifact does not compute what the model computes.
     """
     ready, metadata = task.deployable(model), task.metadata(model)
+    predict = as_predictor(ready)
     refilled = refill(like.artifact, like.weights, ready, folder, metadata)
     if refilled is not None:
         # What the file holds in a form that is not seen to depend on a weight or a width shows here, as other
         # outputs or as whatever the runtime raises.
         with contextlib.suppress(Exception):
-            return Exported(refilled, ready.state_dict()), check_parity(as_predictor(ready), refilled, task)
+            return Exported(refilled, ready.state_dict()), check_parity(predict, refilled, task)
     artifact = export_artifact(ready, device, folder, task.input_shape, metadata)
-    return Exported(artifact, ready.state_dict()), None
+    parity = check_parity(predict, artifact, task) if check else None
+    return Exported(artifact, ready.state_dict()), parity
 
 
 def save_model(model: nn.Module, task: Task, folder: Path) -> None:

@@ -81,6 +81,8 @@ def refill_ncnn(
         kind = lines[row].split()[0]
         found = [exchange.of(f"{spec.layer}.{name}") for name in ("weight", "bias")]
         own = [pair for pair in found if pair is not None]
+        if found[0] is None:  # computed from other parameters
+            return False
         place = find_weight(content, own[0][0], spec, taken)
         if place is None or kind not in _KEYS:
             return False
