@@ -43,7 +43,8 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 from profiles.artifact import export_artifact  # noqa: E402  # The repository is not installed as a package.
 from profiles.connection import DeviceError  # noqa: E402
 from profiles.latency_model import LatencyModel  # noqa: E402
-from profiles.measure import CONFIDENCE, compare  # noqa: E402
+from profiles.measure import compare  # noqa: E402
+from profiles.quiet import CONFIDENCE  # noqa: E402
 from search.allocation import Demand, Widths, rank  # noqa: E402
 from search.bench import Shop  # noqa: E402
 from search.budget import channels_removed  # noqa: E402
@@ -80,7 +81,7 @@ class Sample:
     round_to: int
     measured: float
     half_width: float
-    rounds: int
+    counted: int
     predicted: dict[str, float]
 
 
@@ -141,7 +142,7 @@ def measure_plan(number: int, round_to: int, bench: Bench, folder: Path, limit_s
         round_to,
         comparison.ratio,
         half_width,
-        comparison.rounds,
+        comparison.counted,
         predicted,
     )
 
@@ -179,7 +180,7 @@ def attainable(samples: Sequence[Sample]) -> dict[str, float]:
     """
     chances: dict[str, list[float]] = {"within_10": [], "within_5": []}
     for sample in samples:
-        freedom = sample.rounds - 1
+        freedom = sample.counted - 1
         error = sample.half_width / float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
         for key, share in (("within_10", 0.10), ("within_5", 0.05)):
             chances[key].append(2 * float(stats.t.cdf(share / error, freedom)) - 1)

@@ -4,10 +4,8 @@ Decides how often to ask and what the samples mean; the clock is read by the dev
 measurement of this machine is taken under the host's lock. Knows nothing of pruning.
 
 How a comparison is decided: each round starts a fresh process per model and samples them in alternating
-blocks (A B B A ...); its value is the trimmed mean of the log ratios of neighbouring blocks' medians, or of
-what each block differs from its turn's common speed by where several models share a round.
-Processes differ among themselves by more than blocks do (memory layout, placement), so rounds, not samples,
-are the independent observations: the interval is Student's t over the rounds' log ratios.
+blocks (A B B A ...), so that quiet and busy moments of the machine meet both; what the rounds say together is
+`quiet_ratio`'s part.
 """
 
 from __future__ import annotations
@@ -20,25 +18,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from .artifact import Artifact
 from .connection import Connection, DeviceError, connect
 from .device import Device
 from .latency_profile import OTHER, LayerProfile
 from .lock import host_lock
+from .quiet import MIN_ROUNDS, Floats, quiet_ratio
 from .timing import Comparison, Timing
 
-Floats = NDArray[np.float64]
 #: Receives one short line of text per step.
 Progress = Callable[[str], None]
 
-MIN_ROUNDS = 4
-#: The interval is looked at after every round, which costs coverage: a 98% quantile keeps the result above
-#: 95%.
-CONFIDENCE = 0.98
-#: Half-width below which no interval is believed: what a handful of processes can show of their own spread.
-FLOOR = 0.005
 WARMUP = 10
 ROUND_TIMEOUT_S = 300.0
 #: Sampling time of a round, and of each artifact where several are measured in one round.
@@ -69,8 +60,7 @@ def compare(
         DeviceError: a measured process failed.
     """
     specs = [_spec(device, artifact) for artifact in (candidate, baseline)]
-    samples: tuple[list[float], list[float]] = ([], [])
-    logs: list[float] = []
+    rounds: list[tuple[Floats, Floats]] = []
     warmup = 0
     with measuring(device) as connection:
         for spec, artifact in zip(specs, (candidate, baseline), strict=True):
@@ -84,23 +74,22 @@ def compare(
             done = _round(
                 connection,
                 specs,
-                first=len(logs) % 2,
+                first=len(rounds) % 2,
                 round_s=min(ROUND_S, share_s),
                 longest_s=share_s,
             )
             longest_s = max(longest_s, time.monotonic() - began)
             warmup = done["warmup"]
-            for index, values in done["blocks"]:
-                samples[index].extend(values)
-            logs.append(_round_log_ratio(done["blocks"]))
-            half = _half_width(logs)
+            candidate_ms, baseline_ms = _samples(done["blocks"], 2)
+            rounds.append((candidate_ms, baseline_ms))
+            found = quiet_ratio(rounds)
+            half = found.half_width
             if progress:
                 width = f" ± {half:.1%}" if half < 1 else ""
-                progress(f"round {len(logs)}: ratio {math.exp(float(np.mean(logs))):.4f}{width}")
+                progress(f"round {len(rounds)}: ratio {math.exp(found.log):.4f}{width}")
             elapsed_s = time.monotonic() - start
-            if len(logs) >= MIN_ROUNDS and (half <= target or elapsed_s + longest_s > limit_s):
+            if len(rounds) >= MIN_ROUNDS and (half <= target or elapsed_s + longest_s > limit_s):
                 break
-    centre = float(np.mean(logs))
     stable = half <= target
     reason = None
     if not stable:
@@ -109,15 +98,17 @@ def compare(
             load = connection.ask({"do": "facts", **device.to_json()}, timeout_s=60)["state"]["load_1m"]
             busy = f", load average {load:.1f}" if load is not None else ""
         reason = (
-            f"the ratio is known within ±{half:.1%} after {len(logs)} rounds in {elapsed_s:.0f} s (wanted "
-            f"±{target:.1%}){busy}; quieten the machine or allow more time"
+            f"the ratio is known within ±{half:.1%} after {len(rounds)} rounds, {found.quiet_rounds} of them "
+            f"undisturbed, in {elapsed_s:.0f} s (wanted ±{target:.1%}){busy}; "
+            "quieten the machine or allow more time"
         )
     return Comparison(
-        candidate=Timing(tuple(samples[0]), warmup),
-        baseline=Timing(tuple(samples[1]), warmup),
-        ratio=math.exp(centre),
-        ratio_ci=(math.exp(centre - half), math.exp(centre + half)),
-        rounds=len(logs),
+        candidate=Timing(tuple(np.concatenate([own for own, _ in rounds])), warmup),
+        baseline=Timing(tuple(np.concatenate([own for _, own in rounds])), warmup),
+        ratio=math.exp(found.log),
+        ratio_ci=(math.exp(found.log - half), math.exp(found.log + half)),
+        rounds=len(rounds),
+        counted=found.counted,
         is_stable=stable,
         reason=reason,
     )
@@ -128,11 +119,11 @@ class Together:
     """Several artifacts and a baseline, measured in one round.
 
     Attributes:
-        ratios: each artifact's latency over the baseline's, `(n,)`.
+        samples: each artifact's samples in ms and, last, the baseline's; `n + 1` of them.
         operators: what the runtime's profiler said of each, for `layer_profiles`; empty if not asked.
     """
 
-    ratios: tuple[float, ...]
+    samples: tuple[Floats, ...]
     operators: tuple[Any, ...]
 
 
@@ -145,11 +136,10 @@ def measure_together(
     profiled: int = 0,
     warmup: int = 5,
 ) -> Together:
-    """Latencies of a few artifacts relative to a baseline, from a single round of fresh processes.
+    """Samples of a few artifacts and a baseline, from a single round of fresh processes.
 
-    All take turns within seconds, so what the machine does meanwhile meets every one of them, and each turn's
-    speed is judged by all together. Rounds differ among themselves by a percent or two: take several, or
-    `compare`, where a single figure decides.
+    All take turns within seconds, so what the machine does meanwhile meets every one of them. Rounds differ
+    among themselves by a percent or two: take several, or `compare`, where a single figure decides.
 
     Args:
         artifacts: as many as the device can hold in memory beside the baseline.
@@ -173,8 +163,7 @@ def measure_together(
             turns=SHARED_TURNS,
             profile={"of": of, "repeats": profiled, "warmup": warmup},
         )
-    logs = log_latencies(done["blocks"], len(specs))
-    return Together(tuple(float(r) for r in np.exp(logs[:-1] - logs[-1])), tuple(done["nodes"]))
+    return Together(_samples(done["blocks"], len(specs)), tuple(done["nodes"]))
 
 
 def measure(
@@ -324,34 +313,6 @@ def _round(
     return connection.ask(request, timeout_s=ROUND_TIMEOUT_S * max(1, len(specs) - 1) + 60)
 
 
-def log_latencies(blocks: Sequence[tuple[int, Sequence[float]]], count: int) -> Floats:
-    """Log latency of each of `count` models, `(count,)`, up to a shift that all have in common.
-
-    Blocks come in turns in which every model has one. A turn is as slow as the middle one of its models is,
-    beside that model's own median; what is left is averaged over the middle half of the turns.
-    """
-    logs = np.empty((len(blocks) // count, count))
-    for turn in range(len(logs)):
-        for index, values in blocks[turn * count : (turn + 1) * count]:
-            logs[turn, index] = math.log(float(np.median(values)))
-    slowness = np.median(logs - np.median(logs, axis=0), axis=1, keepdims=True)
-    ordered = np.sort(logs - slowness, axis=0)
-    cut = len(logs) // 4
-    result: Floats = ordered[cut : len(logs) - cut].mean(axis=0)
-    return result
-
-
-def _round_log_ratio(blocks: Sequence[tuple[int, Sequence[float]]]) -> float:
-    """Log of candidate over baseline from one round's blocks, which come in pairs."""
-    candidate, baseline = log_latencies(blocks, 2)
-    return float(candidate - baseline)
-
-
-def _half_width(logs: Sequence[float]) -> float:
-    """Half the interval of the mean log ratio; infinite for a single round."""
-    from scipy import stats
-
-    if len(logs) < 2:
-        return math.inf
-    quantile = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(logs) - 1))
-    return max(FLOOR, quantile * float(np.std(logs, ddof=1)) / math.sqrt(len(logs)))
+def _samples(blocks: Sequence[tuple[int, Sequence[float]]], count: int) -> tuple[Floats, ...]:
+    """Samples of each of `count` models, in order of time."""
+    return tuple(np.concatenate([values for index, values in blocks if index == own]) for own in range(count))

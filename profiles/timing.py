@@ -90,6 +90,7 @@ class Comparison:
         ratio: candidate over baseline time; below 1 the candidate is faster.
         ratio_ci: its 95% interval.
         rounds: fresh pairs of processes.
+        counted: the rounds that the ratio comes from, see `quiet.QuietRatio`.
         is_stable: whether the interval is as narrow as was asked for.
         reason: why not, where it is not stable.
 
@@ -102,6 +103,7 @@ class Comparison:
     ratio: float
     ratio_ci: tuple[float, float]
     rounds: int
+    counted: int
     is_stable: bool
     reason: str | None = None
 
@@ -127,6 +129,7 @@ class Comparison:
             "ratio": self.ratio,
             "ratio_ci": list(self.ratio_ci),
             "rounds": self.rounds,
+            "counted": self.counted,
             "is_stable": self.is_stable,
             "reason": self.reason,
         }
@@ -143,6 +146,7 @@ class Comparison:
             ratio=data["ratio"],
             ratio_ci=(data["ratio_ci"][0], data["ratio_ci"][1]),
             rounds=data["rounds"],
+            counted=data["counted"],
             is_stable=data["is_stable"],
             reason=data["reason"],
         )

@@ -13,15 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from .artifact import Artifact
 from .device import Device
+from .quiet import WITHIN, Floats, quiet_ms
 
 if TYPE_CHECKING:
     from .latency_profile import LayerProfile
-
-Floats = NDArray[np.float64]
 
 #: Multiples that runtimes are known to step at: 16 and 8 are vector widths, 4 is a common packing.
 MULTIPLES = (1, 4, 8, 16)
@@ -97,16 +96,20 @@ class MeasuredVariant:
     def of(cls, variant: Variant, entries: Sequence[LayerProfile]) -> MeasuredVariant:
         """From the entries that `measure.profile_layers` returns.
 
-        Medians, which a disturbed inference does not move, brought back to the sum of the means.
+        Medians over the undisturbed inferences, brought back to the sum of the means.
         """
         layers = [entry for entry in entries if entry.op != "other"]
-        scale = sum(e.timing.mean_ms for e in entries) / sum(e.timing.p50_ms for e in entries)
+        samples = np.array([entry.timing.samples_ms for entry in entries])
+        whole = samples.sum(axis=0)
+        quiet = np.median(samples[:, whole <= quiet_ms(whole) * (1 + WITHIN)], axis=1)
+        scale = sum(entry.timing.mean_ms for entry in entries) / quiet.sum()
+        found = {entry.layer: float(ms * scale) for entry, ms in zip(entries, quiet, strict=True)}
         return cls(
             variant,
             tuple(entry.in_channels for entry in layers),
             tuple(entry.out_channels for entry in layers),
-            tuple(entry.timing.p50_ms * scale for entry in layers),
-            {entry.layer: entry.timing.p50_ms * scale for entry in entries if entry.op == "other"},
+            tuple(found[entry.layer] for entry in layers),
+            {entry.layer: found[entry.layer] for entry in entries if entry.op == "other"},
         )
 
     @property
@@ -170,33 +173,57 @@ def measure_variants(
     """
     from .measure import measure_together, measuring
 
-    logs: list[Floats] = []
+    passes: list[list[tuple[Floats, Floats]]] = []
     operators: list[Any] = []
     taken_s = 0.0
     while True:
-        shares: list[float] = []
+        found: list[tuple[Floats, Floats]] = []  # of each artifact, and of the baseline beside it
         with measuring(device):  # a wait for the machine is none of the measurement's time
             start = time.monotonic()
             for at in range(0, len(artifacts), TOGETHER):
                 some = artifacts[at : at + TOGETHER]
-                profiled = 0 if logs else repeats
-                found = measure_together(
-                    device, some, baseline, first=len(logs), profiled=profiled, warmup=warmup
+                profiled = 0 if passes else repeats
+                together = measure_together(
+                    device, some, baseline, first=len(passes), profiled=profiled, warmup=warmup
                 )
-                shares += found.ratios
-                operators += found.operators
+                *own, beside = together.samples
+                found += [(samples, beside) for samples in own]
+                operators += together.operators
             taken_s += time.monotonic() - start
-        logs.append(np.log(shares))
-        # One figure for all of them: with so few passes each one's own would be chance.
-        deviation = float(np.sqrt(np.mean(np.var(logs, axis=0, ddof=1)))) if len(logs) > 1 else math.inf
-        error = deviation / math.sqrt(len(logs))
+        passes.append(found)
+        error = _error(passes)
         if progress:
             known = f" ± {error:.1%}" if error < 1 else ""
-            progress(f"pass {len(logs)} over {len(artifacts)} variants{known}")
-        late = taken_s * (1 + 1 / len(logs)) > limit_s
-        if len(logs) >= MAX_PASSES or (len(logs) >= MIN_PASSES and (error <= PASS_ERROR or late)):
+            progress(f"pass {len(passes)} over {len(artifacts)} variants{known}")
+        late = taken_s * (1 + 1 / len(passes)) > limit_s
+        if len(passes) >= MAX_PASSES or (len(passes) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
-    return Measured(np.exp(np.median(logs, axis=0)), error, tuple(operators))
+    return Measured(np.exp(_log_shares(passes)), error, tuple(operators))
+
+
+def _log_shares(passes: Sequence[Sequence[tuple[Floats, Floats]]]) -> Floats:
+    """Log share of each artifact, from the undisturbed samples of all passes together: one pass may have had
+    no quiet moment for some of them.
+    """
+    return np.array(
+        [
+            math.log(quiet_ms(np.concatenate([own for own, _ in of])))
+            - math.log(quiet_ms(np.concatenate([beside for _, beside in of])))
+            for of in zip(*passes, strict=True)
+        ]
+    )
+
+
+def _error(passes: Sequence[Sequence[tuple[Floats, Floats]]]) -> float:
+    """Standard error of the log shares, by leaving out each pass in turn; infinite after the first.
+
+    One figure for all of them: with so few passes each one's own would be chance.
+    """
+    count = len(passes)
+    if count < 2:
+        return math.inf
+    without = [_log_shares([*passes[:i], *passes[i + 1 :]]) for i in range(count)]
+    return float(np.sqrt((count - 1) * np.mean(np.var(without, axis=0))))
 
 
 def choose_multiple(

@@ -10,8 +10,10 @@ import pytest
 from profiles import latency_profile, measure, variants
 from profiles.artifact import Artifact
 from profiles.device import Device
-from profiles.latency_profile import LatencyProfile, build_profile
+from profiles.latency_profile import LatencyProfile, LayerProfile, build_profile
 from profiles.measure import Together
+from profiles.quiet import quiet_ms
+from profiles.timing import Timing
 from profiles.variants import (
     LIKELY_MULTIPLE,
     MULTIPLES,
@@ -83,8 +85,8 @@ def test_every_share_is_measured_beside_the_baseline(
     ) -> Together:
         asked.append(([a.digest for a in artifacts], baseline.digest, first, profiled))
         own = {small.digest: 3.0, large.digest: 10.0}
-        ratios = tuple(own[a.digest] / own[baseline.digest] for a in artifacts)
-        return Together(ratios, tuple(a.digest for a in artifacts) if profiled else ())
+        samples = tuple(np.full(20, own[a.digest]) for a in [*artifacts, baseline])
+        return Together(samples, tuple(a.digest for a in artifacts) if profiled else ())
 
     monkeypatch.setattr(measure, "measure_together", exact)
     everything = [small, large, small, small, large, small]
@@ -107,12 +109,12 @@ def test_disagreeing_passes_are_repeated(
     device = Device("here", "onnxruntime")
     artifact = export(device, 8)
     rng = np.random.default_rng(0)
-    asked: list[float] = []
+    asked: list[Artifact] = []
 
     def noisy(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
-        ratios = np.exp(rng.normal(0, 0.1, len(artifacts)))
-        asked.extend(ratios)
-        return Together(tuple(ratios), ())
+        asked.extend(artifacts)
+        processes = np.exp(rng.normal(0, 0.1, len(artifacts) + 1))
+        return Together(tuple(np.full(20, ms) for ms in processes), ())
 
     monkeypatch.setattr(measure, "measure_together", noisy)
     found = measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0)
@@ -128,28 +130,44 @@ def test_several_models_of_one_round_are_told_apart(
     device = Device("here", "onnxruntime", threads=1)
     small, large = export(device, 16), export(device, 64)
     found = measure.measure_together(device, [small, large, large], large, first=2, profiled=3, warmup=1)
-    assert found.ratios[0] < 0.8
+    small_ms, large_ms, _, beside_ms = (quiet_ms(samples) for samples in found.samples)
+    assert small_ms < 0.8 * min(large_ms, beside_ms)
     assert all(len(node["samples_ms"]) == 3 for nodes in found.operators for node in nodes)
     entries = measure.layer_profiles(device, small, found.operators[0], 5.0, 1)
     assert [e.layer for e in entries if e.op != "other"] == [spec.layer for spec in small.layers]
     assert sum(entry.timing.mean_ms for entry in entries) == pytest.approx(5.0)
 
 
-def test_a_turn_that_is_slow_for_all_moves_no_latency() -> None:
+def test_a_busy_neighbour_moves_no_share(
+    monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
+) -> None:
+    """It slows the variants by another factor than the baseline, now these and now those."""
+    device = Device("here", "onnxruntime")
+    artifact = export(device, 8)
     rng = np.random.default_rng(0)
-    own = np.array([2.0, 3.0, 5.0, 7.0, 11.0])
-    blocks = []
-    for turn in range(10):
-        slow = 1 + 2.0 * rng.random()
-        order = range(5) if turn % 2 == 0 else range(4, -1, -1)
-        for index in order:
-            hit = 4.0 if (turn, index) == (3, 2) else 1.0  # one model alone was disturbed once
-            blocks.append((index, [own[index] * slow * hit] * 3))
-    logs = measure.log_latencies(blocks, 5)
-    np.testing.assert_allclose(np.exp(logs - logs[0]), own / own[0])
-    pairs = [(i, [own[i] * (1 + turn)]) for turn in range(4) for i in ((0, 1) if turn % 2 else (1, 0))]
-    first, second = measure.log_latencies(pairs, 2)
-    assert np.exp(second - first) == pytest.approx(1.5)
+
+    def shared(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
+        samples = [rng.lognormal(0, 0.005, 60) for _ in [*artifacts, baseline]]
+        for own, factor in zip(samples, [1.6] * len(artifacts) + [1.4], strict=True):
+            own[rng.integers(0, 5) * 10 :] *= factor  # mostly, and for some throughout
+        return Together(tuple(samples), ())
+
+    monkeypatch.setattr(measure, "measure_together", shared)
+    found = measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0)
+    np.testing.assert_allclose(found.shares, 1, rtol=0.02)
+
+
+def test_operators_are_those_of_undisturbed_inferences() -> None:
+    """A neighbour that slows one layer more than the other would give it a larger share."""
+    disturbed = np.repeat([True, False, True], [20, 10, 20])
+    own = {"a": np.where(disturbed, 4.0, 2.0), "b": np.where(disturbed, 1.5, 1.0)}
+    entries = [
+        LayerProfile(name, "conv2d", 8, 8, (3, 3), (1, 1), 1, (4, 4), Timing(tuple(ms), 5))
+        for name, ms in own.items()
+    ]
+    found = MeasuredVariant.of(Variant(), entries)
+    assert found.layer_ms[0] / found.layer_ms[1] == pytest.approx(2)
+    assert found.model_ms == pytest.approx(sum(ms.mean() for ms in own.values()))
 
 
 def test_variants_are_checked_and_distinct() -> None:

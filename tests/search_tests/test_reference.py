@@ -124,7 +124,7 @@ def test_a_reference_is_judged_by_what_runs_on_the_device(
     def compare(device: Device, candidate: Artifact, baseline: Artifact, **_: Any) -> Comparison:
         assert candidate.path.is_file()
         timings = [Timing((t, t, t), 0) for t in (0.5, 1.0)]
-        return Comparison(timings[0], timings[1], 0.5, (0.4, 0.6), 4, True)
+        return Comparison(timings[0], timings[1], 0.5, (0.4, 0.6), 4, 4, True)
 
     monkeypatch.setattr(ClassificationTask, "evaluate", heard)
     monkeypatch.setattr(search.reference, "open_artifact", always_the_last)

@@ -84,7 +84,7 @@ def counted_comparison(device: Device, candidate: Artifact, baseline: Artifact, 
     times = [sum(map(work, a.layers)) for a in (candidate, baseline)]
     ratio = times[0] / times[1]
     timings = [Timing((2 * t, 2 * t, 2.2 * t), 0) for t in times]
-    return Comparison(*timings, ratio, (ratio * 0.98, ratio * 1.02), 4, True)
+    return Comparison(*timings, ratio, (ratio * 0.98, ratio * 1.02), 4, 4, True)
 
 
 @pytest.fixture(scope="module")
