@@ -221,7 +221,7 @@ def run(network: str, runtime: str, args: argparse.Namespace, data: Path, work: 
         "predict_many_ms": batch_ms,
         "tables": {},
     }
-    for round_to in dict.fromkeys((multiple, 1)):
+    for round_to in dict.fromkeys((multiple,) if args.own_rounding else (multiple, 1)):
         samples = []
         for number in range(args.plans):
             sample = measure_plan(number, round_to, bench, folder / "plan", args.limit_s)
@@ -298,6 +298,7 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--providers", default="", help="of the device: for a GPU --runtimes torch and cuda")
     parser.add_argument("--limit-s", type=float, default=20.0, help="longest measurement of a plan")
+    parser.add_argument("--own-rounding", action="store_true", help="only the device's, no second table")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     args = parser.parse_args()

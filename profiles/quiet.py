@@ -3,8 +3,8 @@
 On a shared machine a neighbour slows every inference by tens of percent, for a second or for minutes, and
 wide layers by another share than narrow ones: even the ratio of two models is another while it lasts (YOLOv8n
 and half of its channels in ONNX Runtime: 0.36 undisturbed, 0.385 beside a busy neighbour). What is wanted of
-a device is its own speed, so the fastest tenth of the samples stands for a model, and processes that never had
-a quiet moment do not count where enough others had.
+a device is its own speed, so the fastest tenth of the samples stands for a model, and processes that never
+had a quiet moment do not count where enough others had.
 
 Statistics of samples already taken, as `timing.py`; knows nothing of how they were measured.
 """

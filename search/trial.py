@@ -319,6 +319,7 @@ def _comparison_details(comparison: Comparison, is_unpruned: bool) -> dict[str, 
     return {
         "baseline_raw_ms": comparison.baseline.p50_ms,
         "rounds": comparison.rounds,
+        "rounds_counted": comparison.counted,
         "samples": len(comparison.candidate.samples_ms),
         "stable": comparison.is_stable,
         "unstable_reason": comparison.reason,
