@@ -17,7 +17,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 Floats = NDArray[np.float64]
 
@@ -38,9 +37,9 @@ FLOOR = 0.005
 RESAMPLES = 200
 
 
-def quiet_ms(samples_ms: ArrayLike, quantile: float = QUANTILE) -> float:
+def quiet_ms(samples_ms: ArrayLike) -> float:
     """Latency of an undisturbed inference, from samples `(n,)` of which some were disturbed."""
-    return float(np.quantile(np.asarray(samples_ms, dtype=float), quantile))
+    return float(np.quantile(np.asarray(samples_ms, dtype=float), QUANTILE))
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,8 @@ def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
 
 
 def _half_width(error: float, observations: int) -> float:
+    from scipy import stats  # most of a second that commands which measure nothing need not wait
+
     if not math.isfinite(error):
         return math.inf
     return max(FLOOR, float(stats.t.ppf((1 + CONFIDENCE) / 2, observations - 1)) * error)
