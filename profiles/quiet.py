@@ -37,9 +37,9 @@ FLOOR = 0.005
 RESAMPLES = 200
 
 
-def quiet_ms(samples_ms: ArrayLike) -> float:
+def quiet_ms(samples_ms: ArrayLike, quantile: float = QUANTILE) -> float:
     """Latency of an undisturbed inference, from samples `(n,)` of which some were disturbed."""
-    return float(np.quantile(np.asarray(samples_ms, dtype=float), QUANTILE))
+    return float(np.quantile(np.asarray(samples_ms, dtype=float), quantile))
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,23 @@ def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
     Returns:
         The same for the same samples: the drawing is seeded.
     """
-    pairs = [(np.log(np.asarray(a, float)), np.log(np.asarray(b, float))) for a, b in rounds]
-    levels = np.array([[np.quantile(a, QUANTILE), np.quantile(b, QUANTILE)] for a, b in pairs])
+    levels = np.log([[quiet_ms(samples) for samples in pair] for pair in rounds])
     quiet = (levels - levels.min(axis=0) <= WITHIN).all(axis=1)
     count = int(quiet.sum())
-    if len(pairs) < MIN_ROUNDS or count >= MIN_ROUNDS:
-        kept = quiet if count >= MIN_ROUNDS else np.ones(len(pairs), dtype=bool)
+    if len(rounds) < MIN_ROUNDS or count >= MIN_ROUNDS:
+        kept = quiet if count >= MIN_ROUNDS else np.ones(len(rounds), dtype=bool)
         logs = (levels[:, 0] - levels[:, 1])[kept]
         error = float(np.std(logs, ddof=1)) / math.sqrt(len(logs)) if len(logs) > 1 else math.inf
         return QuietRatio(float(logs.mean()), _half_width(error, len(logs)), count, len(logs))
 
     def pooled(picked: Sequence[int]) -> float:
-        both = (np.concatenate([pairs[i][k] for i in picked]) for k in (0, 1))
-        candidate, baseline = (float(np.quantile(samples, POOLED_QUANTILE)) for samples in both)
-        return candidate - baseline
+        both = (np.concatenate([rounds[i][k] for i in picked]) for k in (0, 1))
+        candidate_ms, baseline_ms = (quiet_ms(samples, POOLED_QUANTILE) for samples in both)
+        return math.log(candidate_ms / baseline_ms)
 
-    picks = np.random.default_rng(0).integers(0, len(pairs), (RESAMPLES, len(pairs)))
+    picks = np.random.default_rng(0).integers(0, len(rounds), (RESAMPLES, len(rounds)))
     error = float(np.std([pooled(row) for row in picks.tolist()], ddof=1))
-    return QuietRatio(pooled(range(len(pairs))), _half_width(error, len(pairs)), count, len(pairs))
+    return QuietRatio(pooled(range(len(rounds))), _half_width(error, len(rounds)), count, len(rounds))
 
 
 def _half_width(error: float, observations: int) -> float:
