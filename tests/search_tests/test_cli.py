@@ -65,7 +65,7 @@ def folder(shapes: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": str(shapes.data),
         "imgsz": shapes.imgsz,
         "devices": [{"name": "ort", "runtime": "onnxruntime"}],
-        "search": {"ratio": {"low": 0.2, "high": 0.5}, "round_to": 4, "min_channels": 4},
+        "search": {"ratio": {"low": 0.5, "high": 0.8}, "round_to": 4, "min_channels": 4},
         "calibration": {"images": 6, "batch": 4},
         "finetune": {"epochs": 1, "batch": 4, "device": "cpu", "reestimate_images": 12},
         # The layer profile alone: fitting a latency model takes a minute and has tests of its own.

@@ -113,8 +113,9 @@ def test_no_faster_than_unpruned() -> None:
     measured = gate()
     assert measured.measured(0.99, (0.90, 1.08), 1.0) is None
     assert "no faster than the unpruned model: measured 20.20 ms" in str(
-        measured.measured(1.01, (0.9, 1.1), 1.0)
+        measured.measured(1.01, (0.96, 1.06), 1.0)
     )
+    assert measured.measured(1.01, (0.9, 1.1), 1.0) is None  # too busy a machine to tell
 
 
 def test_parameters_and_size_have_limits() -> None:
