@@ -14,11 +14,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from .child import Child, ChildCrashError, describe_error
+from .child import CAN_FORK, Child, ChildCrashError, describe_error
 from .files import cache_folder, do_find, do_keep, do_store
 from .machine import busy_shares, choose_cpus, machine_facts
 from .session_torch import keep_memory
-from .sessions import MissingRuntimeError, import_runtime
+from .sessions import MissingRuntimeError, import_runtime, read_ahead
 
 
 def do_hello(request: dict[str, Any]) -> dict[str, Any]:
@@ -65,6 +65,8 @@ def do_round(request: dict[str, Any]) -> dict[str, Any]:
     cpus = choose_cpus(request["specs"][0]["threads"], busy_shares())
     specs, timeout_s = [{**spec, "cpus": cpus} for spec in request["specs"]], request["timeout_s"]
     order = [(request["first"] + i) % len(specs) for i in range(len(specs))]
+    for spec in specs if CAN_FORK else ():
+        read_ahead(spec)
     children: dict[int, Child] = {}
     blocks: list[tuple[int, list[float]]] = []
     try:
@@ -114,6 +116,8 @@ def _round_plan(typical_ms: list[float], round_s: float, block_s: float, most: i
 @_alone()
 def do_profile(request: dict[str, Any]) -> dict[str, Any]:
     """Operators of one model, timed by its runtime in a process of its own."""
+    if CAN_FORK:
+        read_ahead(request["spec"])
     child = Child([])
     try:
         cpus = choose_cpus(request["spec"]["threads"], busy_shares())

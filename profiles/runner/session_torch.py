@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .example import example_images
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
 
 
 #: glibc's numbers for M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_MMAP_MAX, and more than any model takes.
@@ -46,6 +49,68 @@ def kept_memory() -> str:
     return _keeps
 
 
+#: What has been read for the processes to be forked, oldest first; kept up to so many bytes of model files.
+_read_before: dict[tuple[str, int, int, str], Callable[[], GraphModule]] = {}
+_KEPT_BYTES = 512 * 2**20
+
+
+def read_ahead(spec: dict[str, Any]) -> None:
+    """Read a model before the processes that measure it are forked: PyTorch takes a second or two to rebuild
+    its graph, longer than a round measures.
+
+    Each process makes modules of it with weights in memory of its own, so that processes stay as different
+    from each other as if each had read the file.
+    """
+    import torch
+
+    key = _identity(spec)
+    if key in _read_before:
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads would not survive the fork
+    try:
+        _read_before[key] = _read(spec)
+    finally:
+        torch.set_num_threads(before)
+    while len(_read_before) > 1 and sum(size for _, _, size, _ in _read_before) > _KEPT_BYTES:
+        del _read_before[next(iter(_read_before))]
+
+
+def _identity(spec: dict[str, Any]) -> tuple[str, int, int, str]:
+    file = os.stat(spec["path"])
+    return spec["path"], file.st_mtime_ns, file.st_size, _device_name(spec)
+
+
+def _device_name(spec: dict[str, Any]) -> str:
+    return str((spec.get("providers") or ["cpu"])[0])
+
+
+def _read(spec: dict[str, Any]) -> Callable[[], GraphModule]:
+    """The module in a file, made as late as its device demands: CUDA must not be touched before a fork."""
+    import torch.export
+
+    program = torch.export.load(spec["path"])
+    device = torch.device(_device_name(spec))
+    if device.type == "cpu":
+        module = _callable(program)
+        return lambda: module
+
+    def moved() -> GraphModule:
+        from torch.export.passes import move_to_device_pass
+
+        return _callable(move_to_device_pass(program, device))
+
+    return moved
+
+
+def _callable(program: ExportedProgram) -> GraphModule:
+    try:
+        # Guards check the input's shape on every call, which a shipped model does not need.
+        return program.module(check_guards=False)
+    except TypeError:
+        return program.module()
+
+
 class TorchSession:
     """An exported PyTorch program (`torch.export`), run eagerly. One provider: `cpu`, `cuda` or `cuda:1`.
 
@@ -55,27 +120,21 @@ class TorchSession:
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch
-        import torch.export
 
         self._torch = torch
         self._threads = spec["threads"]
         names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         self._dtype = names[spec["precision"]]
-        self._device = torch.device((spec.get("providers") or ["cpu"])[0])
+        self._device = torch.device(_device_name(spec))
         if self._device.type == "cuda":
             # fp32 means fp32: TF32 would be another precision under the same name.
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        program = torch.export.load(spec["path"])
-        if self._device.type != "cpu":
-            from torch.export.passes import move_to_device_pass
-
-            program = move_to_device_pass(program, self._device)
-        try:
-            # Guards check the input's shape on every call, which a shipped model does not need.
-            self._module = program.module(check_guards=False)
-        except TypeError:
-            self._module = program.module()
+        ahead = _read_before.get(_identity(spec))
+        self._module = (ahead or _read(spec))()
+        if ahead:
+            for tensor in (*self._module.parameters(), *self._module.buffers()):
+                tensor.data = tensor.data.clone()
         self._module = self._module.to(self._dtype)
         self._example = torch.from_numpy(example_images(spec["input_shape"])).to(self._device)
 

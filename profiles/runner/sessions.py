@@ -75,6 +75,14 @@ def open_session(spec: dict[str, Any], *, spin: bool = True) -> Session:
     return TorchSession(spec)
 
 
+def read_ahead(spec: dict[str, Any]) -> None:
+    """Do what the processes to be forked for this model can share, where the runtime has such a thing."""
+    if spec["runtime"] == "torch":
+        from .session_torch import read_ahead as read_program
+
+        read_program(spec)
+
+
 def import_runtime(runtime: str) -> str:
     """Import the runtime with all it will need, and return its version."""
     if runtime not in HINTS:
