@@ -7,7 +7,7 @@ import ctypes
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .example import example_images
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
-    from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
 
@@ -49,22 +48,22 @@ def kept_memory() -> str:
     return _keeps
 
 
-#: What has been read for the processes to be forked, oldest first; kept up to so many bytes of model files.
-_read_before: dict[tuple[str, int, int, str], Callable[[], GraphModule]] = {}
+#: Models read for the processes to be forked, oldest first; kept up to so many bytes of model files.
+_read_before: dict[tuple[str, int, int], GraphModule] = {}
 _KEPT_BYTES = 512 * 2**20
 
 
 def read_ahead(spec: dict[str, Any]) -> None:
-    """Read a model before the processes that measure it are forked: PyTorch takes a second or two to rebuild
-    its graph, longer than a round measures.
+    """Read a model for the CPU before the processes that measure it are forked: PyTorch takes a second or two
+    to rebuild its graph, longer than a round measures.
 
-    Each process makes modules of it with weights in memory of its own, so that processes stay as different
-    from each other as if each had read the file.
+    Each process gives the weights memory of its own, so that processes stay as different from each other as
+    if each had read the file. What runs on a GPU is read by each: CUDA must not be touched before a fork.
     """
     import torch
 
     key = _identity(spec)
-    if key in _read_before:
+    if key in _read_before or _device_name(spec) != "cpu":
         return
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a pool of threads would not survive the fork
@@ -72,38 +71,28 @@ def read_ahead(spec: dict[str, Any]) -> None:
         _read_before[key] = _read(spec)
     finally:
         torch.set_num_threads(before)
-    while len(_read_before) > 1 and sum(size for _, _, size, _ in _read_before) > _KEPT_BYTES:
+    while len(_read_before) > 1 and sum(size for _, _, size in _read_before) > _KEPT_BYTES:
         del _read_before[next(iter(_read_before))]
 
 
-def _identity(spec: dict[str, Any]) -> tuple[str, int, int, str]:
+def _identity(spec: dict[str, Any]) -> tuple[str, int, int]:
     file = os.stat(spec["path"])
-    return spec["path"], file.st_mtime_ns, file.st_size, _device_name(spec)
+    return spec["path"], file.st_mtime_ns, file.st_size
 
 
 def _device_name(spec: dict[str, Any]) -> str:
     return str((spec.get("providers") or ["cpu"])[0])
 
 
-def _read(spec: dict[str, Any]) -> Callable[[], GraphModule]:
-    """The module in a file, made as late as its device demands: CUDA must not be touched before a fork."""
+def _read(spec: dict[str, Any]) -> GraphModule:
     import torch.export
 
     program = torch.export.load(spec["path"])
     device = torch.device(_device_name(spec))
-    if device.type == "cpu":
-        module = _callable(program)
-        return lambda: module
-
-    def moved() -> GraphModule:
+    if device.type != "cpu":
         from torch.export.passes import move_to_device_pass
 
-        return _callable(move_to_device_pass(program, device))
-
-    return moved
-
-
-def _callable(program: ExportedProgram) -> GraphModule:
+        program = move_to_device_pass(program, device)
     try:
         # Guards check the input's shape on every call, which a shipped model does not need.
         return program.module(check_guards=False)
@@ -130,9 +119,9 @@ class TorchSession:
             # fp32 means fp32: TF32 would be another precision under the same name.
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        ahead = _read_before.get(_identity(spec))
-        self._module = (ahead or _read(spec))()
-        if ahead:
+        ahead = _read_before.get(_identity(spec)) if self._device.type == "cpu" else None
+        self._module = _read(spec) if ahead is None else ahead
+        if ahead is not None:
             for tensor in (*self._module.parameters(), *self._module.buffers()):
                 tensor.data = tensor.data.clone()
         self._module = self._module.to(self._dtype)

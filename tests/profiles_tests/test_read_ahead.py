@@ -39,8 +39,8 @@ def spec(path: Path, threads: int = 1) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def weight(make_module: Callable[[], torch.nn.Module]) -> int:
-    return next(iter(make_module().parameters())).data_ptr()
+def weight(module: torch.nn.Module) -> int:
+    return next(iter(module.parameters())).data_ptr()
 
 
 def test_a_process_gets_weights_of_its_own(export: Export) -> None:
@@ -50,10 +50,10 @@ def test_a_process_gets_weights_of_its_own(export: Export) -> None:
     assert not session_torch._read_before  # only what is to be forked is kept
 
     read_ahead(of)
-    (make_module,) = session_torch._read_before.values()
-    read = weight(make_module)
+    (module,) = session_torch._read_before.values()
+    read = weight(module)
     ahead = TorchSession(of)
-    assert weight(make_module) != read
+    assert weight(module) != read
     for one, other in zip(ahead.run(images), plain, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -68,6 +68,11 @@ def test_no_threads_that_a_fork_would_lose(export: Export) -> None:
         assert len(os.listdir("/proc/self/task")) == before[1]
     finally:
         torch.set_num_threads(before[0])
+
+
+def test_a_model_for_a_gpu_is_left_to_each_process(export: Export) -> None:
+    read_ahead({**spec(export(TORCH, 16).path), "providers": ["cuda"]})
+    assert not session_torch._read_before
 
 
 def test_another_file_of_the_same_name_is_read_anew(export: Export, tmp_path: Path) -> None:
