@@ -30,7 +30,7 @@ from .timing import Comparison, Timing
 #: Receives one short line of text per step.
 Progress = Callable[[str], None]
 
-WARMUP = 10
+WARMUP, SHARED_WARMUP = 10, 5
 ROUND_TIMEOUT_S = 300.0
 #: Sampling time of a round, and of each artifact where several are measured in one round.
 ROUND_S, SHARED_ROUND_S = 1.2, 0.4
@@ -150,7 +150,7 @@ def measure_together(
     Raises: as `compare`.
     """
     everyone = [*artifacts, baseline]
-    specs = [_spec(device, artifact) for artifact in everyone]
+    specs = [{**_spec(device, artifact), "warmup": SHARED_WARMUP} for artifact in everyone]
     with measuring(device) as connection:
         for spec, artifact in zip(specs, everyone, strict=True):
             spec["path"] = connection.send_file(artifact.path, artifact.digest)

@@ -124,6 +124,29 @@ def test_disagreeing_passes_are_repeated(
     assert len(asked) == 8 * 8
 
 
+@pytest.mark.parametrize(("spread", "passes"), [(0.001, 2), (0.025, 2), (0.2, 5)])
+def test_passes_that_disagree_much_may_take_longer(
+    spread: float, passes: int, monkeypatch: pytest.MonkeyPatch, export: Callable[[Device, int], Artifact]
+) -> None:
+    device = Device("here", "onnxruntime")
+    artifact = export(device, 8)
+    rng = np.random.default_rng(0)
+    now = 0.0
+    made: list[float] = []
+
+    def shared(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
+        nonlocal now
+        now += 10.0
+        made.append(now)
+        processes = np.exp(rng.normal(0, spread, len(artifacts) + 1))
+        return Together(tuple(np.full(20, ms) for ms in processes), ())
+
+    monkeypatch.setattr(measure, "measure_together", shared)
+    monkeypatch.setattr(variants.time, "monotonic", lambda: now)
+    measure_variants(device, [artifact] * 4, artifact, repeats=1, warmup=0, limit_s=18.0)
+    assert len(made) == passes
+
+
 def test_several_models_of_one_round_are_told_apart(
     export: Callable[[Device, int], Artifact],
 ) -> None:
