@@ -234,8 +234,8 @@ def build_profile(
         export: makes the artifact of a variant; its layers say the widths. Called with the unpruned model
             first.
         model_key: names the model in the profile.
-        kind: of latency model. "fitted" measures a dozen pruned variants, in about a minute; "linear" and
-            "bilinear" measure the unpruned model alone and take the usual channel multiple of 8.
+        kind: of latency model. "fitted" measures a dozen pruned variants, in one to three minutes; "linear"
+            and "bilinear" measure the unpruned model alone and take the usual channel multiple of 8.
         repeats, warmup: inferences of the layer profile, K and those before it in the paper.
         progress: receives a line of text per step.
 
