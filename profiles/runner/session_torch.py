@@ -49,7 +49,7 @@ def kept_memory() -> str:
 
 
 #: Models read for the processes to be forked, oldest first; kept up to so many bytes of model files.
-_read_before: dict[tuple[str, int, int], GraphModule] = {}
+_read_before: dict[tuple[str, str, int, int], GraphModule] = {}
 _KEPT_BYTES = 512 * 2**20
 
 
@@ -71,13 +71,13 @@ def read_ahead(spec: dict[str, Any]) -> None:
         _read_before[key] = _read(spec)
     finally:
         torch.set_num_threads(before)
-    while len(_read_before) > 1 and sum(size for _, _, size in _read_before) > _KEPT_BYTES:
+    while len(_read_before) > 1 and sum(size for *_, size in _read_before) > _KEPT_BYTES:
         del _read_before[next(iter(_read_before))]
 
 
-def _identity(spec: dict[str, Any]) -> tuple[str, int, int]:
+def _identity(spec: dict[str, Any]) -> tuple[str, str, int, int]:
     file = os.stat(spec["path"])
-    return spec["path"], file.st_mtime_ns, file.st_size
+    return _device_name(spec), spec["path"], file.st_mtime_ns, file.st_size
 
 
 def _device_name(spec: dict[str, Any]) -> str:
@@ -119,7 +119,7 @@ class TorchSession:
             # fp32 means fp32: TF32 would be another precision under the same name.
             torch.backends.cudnn.allow_tf32 = False
             torch.backends.cuda.matmul.allow_tf32 = False
-        ahead = _read_before.get(_identity(spec)) if self._device.type == "cpu" else None
+        ahead = _read_before.get(_identity(spec))
         self._module = _read(spec) if ahead is None else ahead
         if ahead is not None:
             for tensor in (*self._module.parameters(), *self._module.buffers()):

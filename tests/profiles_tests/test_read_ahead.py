@@ -93,4 +93,4 @@ def test_the_oldest_go_first(export: Export, tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(session_torch, "_KEPT_BYTES", 2 * paths[0].stat().st_size)
     for path in paths:
         read_ahead(spec(path))
-    assert [key[0] for key in session_torch._read_before] == [str(path) for path in paths[1:]]
+    assert [path for _, path, *_ in session_torch._read_before] == [str(path) for path in paths[1:]]
