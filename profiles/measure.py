@@ -103,8 +103,8 @@ def compare(
             "quieten the machine or allow more time"
         )
     return Comparison(
-        candidate=Timing(tuple(np.concatenate([own for own, _ in rounds])), warmup),
-        baseline=Timing(tuple(np.concatenate([own for _, own in rounds])), warmup),
+        candidate=Timing(tuple(np.concatenate([own.ravel() for own, _ in rounds])), warmup),
+        baseline=Timing(tuple(np.concatenate([own.ravel() for _, own in rounds])), warmup),
         ratio=math.exp(found.log),
         ratio_ci=(math.exp(found.log - half), math.exp(found.log + half)),
         rounds=len(rounds),
@@ -119,7 +119,7 @@ class Together:
     """Several artifacts and a baseline, measured in one round.
 
     Attributes:
-        samples: each artifact's samples in ms and, last, the baseline's; `n + 1` of them.
+        samples: each artifact's samples in ms, `(turns, runs)`, and, last, the baseline's; `n + 1` of them.
         operators: what the runtime's profiler said of each, for `layer_profiles`; empty if not asked.
     """
 
@@ -314,5 +314,5 @@ def _round(
 
 
 def _samples(blocks: Sequence[tuple[int, Sequence[float]]], count: int) -> tuple[Floats, ...]:
-    """Samples of each of `count` models, in order of time."""
-    return tuple(np.concatenate([values for index, values in blocks if index == own]) for own in range(count))
+    """Samples of each of `count` models in order of time, `(turns, runs)`."""
+    return tuple(np.array([values for index, values in blocks if index == own]) for own in range(count))

@@ -1,10 +1,12 @@
 """What samples say of a device that nothing disturbs.
 
-On a shared machine a neighbour slows every inference by tens of percent, for a second or for minutes, and
-wide layers by another share than narrow ones: even the ratio of two models is another while it lasts (YOLOv8n
-and half of its channels in ONNX Runtime: 0.36 undisturbed, 0.385 beside a busy neighbour). What is wanted of
-a device is its own speed, so the fastest tenth of the samples stands for a model, and processes that never
-had a quiet moment do not count where enough others had.
+On a shared machine a neighbour slows every inference by tens of percent, for a tenth of a second or for
+minutes, and a small network by another share than a large one: even the ratio of two models is another while
+it lasts (YOLOv8n in ONNX Runtime, 0.47 of its latency undisturbed and 0.49 beside a neighbour; a smaller one
+0.20 and 0.22). What is wanted of a device is its own speed. Two things tell it. The fastest tenth of the
+samples is undisturbed, but such moments are few and it hangs on them. Blocks of two models one right after
+the other meet the same machine, so their ratio is known several times as well, but it is that of the machine
+as it was; how far off this can be grows with the disturbance and with how different the models are.
 
 Statistics of samples already taken, as `timing.py`; knows nothing of how they were measured.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -38,11 +40,41 @@ LEAST_SPREAD = 0.004
 #: Half-width below which no interval is believed, however many rounds there were.
 FLOOR = 0.005
 RESAMPLES = 200
+#: How unequally a disturbance meets two models, as a share of it and of the logarithm of their ratio: about
+#: 0.2 in eight pairs in three runtimes.
+SUFFERS = 0.25
 
 
 def quiet_ms(samples_ms: ArrayLike, quantile: float = QUANTILE) -> float:
-    """Latency of an undisturbed inference, from samples `(n,)` of which some were disturbed."""
+    """Latency of an undisturbed inference, from samples of any shape of which some were disturbed."""
     return float(np.quantile(np.asarray(samples_ms, dtype=float), quantile))
+
+
+def pooled_ms(rounds: Sequence[ArrayLike], quantile: float = QUANTILE) -> float:
+    """The same from the samples of several rounds, which may differ in their numbers of runs."""
+    return quiet_ms(np.concatenate([np.ravel(samples) for samples in rounds]), quantile)
+
+
+def turns_log(candidate_ms: ArrayLike, baseline_ms: ArrayLike) -> float:
+    """Logarithm of the ratio of two models, from their blocks of one round, `(turns, runs)` each.
+
+    Blocks of one turn follow each other, so a drift or a neighbour meets both; the middle one of the turns'
+    ratios, for a change of the machine between two blocks.
+    """
+    return float(np.median(_block_levels(candidate_ms) - _block_levels(baseline_ms)))
+
+
+def disturbance(blocks_ms: Sequence[ArrayLike]) -> float:
+    """How much slower than undisturbed one model was on average, as a logarithm, from blocks of all its
+    rounds, `(turns, runs)` each.
+    """
+    levels = np.concatenate([_block_levels(blocks) for blocks in blocks_ms])
+    return float(np.mean(levels) - np.quantile(levels, POOLED_QUANTILE))
+
+
+def _block_levels(blocks_ms: ArrayLike) -> Floats:
+    blocks = np.asarray(blocks_ms, dtype=np.float64)
+    return np.array(np.log(blocks.mean(axis=1)))
 
 
 @dataclass(frozen=True)
@@ -53,7 +85,7 @@ class QuietRatio:
         log: logarithm of the ratio.
         half_width: of its 95% interval; infinite for a single round.
         quiet_rounds: rounds in which both models were undisturbed.
-        counted: rounds that the ratio comes from: the quiet ones, or all where these are too few.
+        counted: rounds that the ratio comes from: the quiet ones, or all.
     """
 
     log: float
@@ -66,15 +98,34 @@ def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
     """The ratio from rounds, each of a fresh process per model.
 
     Processes differ among themselves by more than inferences do (memory layout, placement), so rounds are the
-    independent observations. Where four were quiet, each of them gives one ratio, and the interval is
-    Student's t over those. On a machine that was busier, the samples of all rounds are one heap for each
-    model, whose fastest are compared, and the interval comes from drawing the rounds anew.
+    independent observations. Quiet moments and turns give an estimate each, with an interval; the narrower
+    one is the result, unless quiet moments contradict the turns.
 
     Args:
-        rounds: per round the samples of the candidate and of the baseline, in ms.
+        rounds: per round the samples of the candidate and of the baseline in ms, `(turns, runs)` each.
 
     Returns:
         The same for the same samples: the drawing is seeded.
+    """
+    by_turns, by_quiet = _by_turns(rounds), _by_quiet_moments(rounds)
+    agree = abs(by_turns.log - by_quiet.log) <= by_quiet.half_width
+    if agree and by_turns.half_width < by_quiet.half_width:
+        return replace(by_turns, quiet_rounds=by_quiet.quiet_rounds)
+    return by_quiet
+
+
+def _by_turns(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
+    logs = np.array([turns_log(candidate, baseline) for candidate, baseline in rounds])
+    log, half = float(logs.mean()), _interval(logs)
+    # Not known better than a disturbed machine's ratio tells of an undisturbed one.
+    disturbed = np.mean([disturbance(blocks) for blocks in zip(*rounds, strict=True)])
+    off = 2 * SUFFERS * float(disturbed) * abs(log)
+    return QuietRatio(log, math.hypot(half, off), 0, len(rounds))
+
+
+def _by_quiet_moments(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
+    """From the quiet rounds where four were quiet; else the samples of all rounds are one heap for each
+    model, whose fastest are compared, and the interval comes from drawing the rounds anew.
     """
     levels = np.log([[quiet_ms(samples) for samples in pair] for pair in rounds])
     quiet = (levels - levels.min(axis=0) <= WITHIN).all(axis=1)
@@ -82,18 +133,23 @@ def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
     if len(rounds) < MIN_ROUNDS or count >= MIN_ROUNDS:
         kept = quiet if count >= MIN_ROUNDS else np.ones(len(rounds), dtype=bool)
         logs = (levels[:, 0] - levels[:, 1])[kept]
-        spread = max(LEAST_SPREAD, float(np.std(logs, ddof=1))) if len(logs) > 1 else math.inf
-        error = spread / math.sqrt(len(logs))
-        return QuietRatio(float(logs.mean()), _half_width(error, len(logs)), count, len(logs))
+        return QuietRatio(float(logs.mean()), _interval(logs), count, len(logs))
 
     def pooled(picked: Sequence[int]) -> float:
-        both = (np.concatenate([rounds[i][k] for i in picked]) for k in (0, 1))
-        candidate_ms, baseline_ms = (quiet_ms(samples, POOLED_QUANTILE) for samples in both)
+        candidate_ms, baseline_ms = (
+            pooled_ms([rounds[i][k] for i in picked], POOLED_QUANTILE) for k in (0, 1)
+        )
         return math.log(candidate_ms / baseline_ms)
 
     picks = np.random.default_rng(0).integers(0, len(rounds), (RESAMPLES, len(rounds)))
     error = float(np.std([pooled(row) for row in picks.tolist()], ddof=1))
     return QuietRatio(pooled(range(len(rounds))), _half_width(error, len(rounds)), count, len(rounds))
+
+
+def _interval(logs: Floats) -> float:
+    """Half-width of the interval of the mean of independent observations."""
+    spread = max(LEAST_SPREAD, float(np.std(logs, ddof=1))) if len(logs) > 1 else math.inf
+    return _half_width(spread / math.sqrt(len(logs)), len(logs))
 
 
 def _half_width(error: float, observations: int) -> float:
