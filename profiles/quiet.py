@@ -2,11 +2,12 @@
 
 On a shared machine a neighbour slows every inference by tens of percent, for a tenth of a second or for
 minutes, and a small network by another share than a large one: even the ratio of two models is another while
-it lasts (YOLOv8n in ONNX Runtime, 0.47 of its latency undisturbed and 0.49 beside a neighbour; a smaller one
-0.20 and 0.22). What is wanted of a device is its own speed. Two things tell it. The fastest tenth of the
-samples is undisturbed, but such moments are few and it hangs on them. Blocks of two models one right after
-the other meet the same machine, so their ratio is known several times as well, but it is that of the machine
-as it was; how far off this can be grows with the disturbance and with how different the models are.
+it lasts (two pruned YOLOv8n in ONNX Runtime take 0.47 and 0.20 of the unpruned one's time undisturbed, 0.49
+and 0.22 beside a neighbour). What is wanted of a device is its own speed. Two things tell it. The fastest
+tenth of the samples is undisturbed, but such moments may be few, and it hangs on them. Blocks of two models
+one right after the other meet the same machine, so their ratio is known several times better, but it is that
+of the machine as it was; how far off this can be grows with the disturbance and with how different the models
+are.
 
 Statistics of samples already taken, as `timing.py`; knows nothing of how they were measured.
 """
@@ -40,8 +41,8 @@ LEAST_SPREAD = 0.004
 #: Half-width below which no interval is believed, however many rounds there were.
 FLOOR = 0.005
 RESAMPLES = 200
-#: How unequally a disturbance meets two models, as a share of it and of the logarithm of their ratio: about
-#: 0.2 in eight pairs in three runtimes.
+#: How unequally a disturbance meets two models, as a share of it and of the logarithm of their ratio: seen
+#: were 0.2 to 0.25 in ONNX Runtime and PyTorch (five pairs) and none in ncnn (two).
 SUFFERS = 0.25
 
 
