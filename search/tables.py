@@ -42,6 +42,13 @@ def profile_json(profile: LatencyProfile) -> dict[str, Any]:
     }
 
 
+def _add_layer_columns(table: Table, *numbers: str) -> None:
+    """A layer's name in full, since names differ at their ends, and numbers that give way to it."""
+    table.add_column("layer", no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+
+
 def profile_table(name: str, profile: LatencyProfile) -> Table:
     table = Table(
         title=f"{name} ({profile.fingerprint}): {profile.model_ms:.2f} ms, "
@@ -49,8 +56,7 @@ def profile_table(name: str, profile: LatencyProfile) -> Table:
         f"channels in multiples of {profile.channel_multiple}",
         title_justify="left",
     )
-    for heading in ("layer", "channels", "latency ms", "share", "per channel µs", "normalised"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    _add_layer_columns(table, "channels", "latency ms", "share", "per channel µs", "normalised")
     for entry in profile_json(profile)["layers"]:
         table.add_row(
             entry["layer"],
@@ -90,8 +96,7 @@ def score_table(scores: ChannelScores) -> Table:
         title_justify="left",
         caption_justify="left",
     )
-    for heading in ("layer", "channels", "lowest", "mean", "highest"):
-        table.add_column(heading, justify="left" if heading == "layer" else "right")
+    _add_layer_columns(table, "channels", "lowest", "mean", "highest")
     for entry in score_json(scores)["layers"]:
         table.add_row(
             entry["layer"], str(entry["channels"]), *(f"{entry[key]:.3g}" for key in ("min", "mean", "max"))
@@ -150,9 +155,7 @@ def plan_table(document: dict[str, Any]) -> Table:
         caption=f"blocks that go as a whole: {', '.join(blocks)}" if blocks else None,
         caption_justify="left",
     )
-    table.add_column("layer")
-    table.add_column("channels", justify="right")
-    table.add_column("kept", justify="right")
+    _add_layer_columns(table, "channels", "kept")
     table.add_column("removed")
     for layer in document["layers"]:
         removed = 1 - layer["kept"] / layer["channels"]
