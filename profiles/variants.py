@@ -41,7 +41,6 @@ PASS_ERROR = 0.01
 #: on what they say.
 POOR_ERROR, MOST_TIMES = 0.03, 3
 
-
 #: Per pass and artifact its samples and those of the baseline beside it, `(turns, runs)` each.
 Passes = Sequence[Sequence[tuple[Floats, Floats]]]
 
