@@ -22,6 +22,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
+#: Samples of a model and of the baseline beside it in one round, `(turns, runs)` each.
+Pair = tuple[ArrayLike, ArrayLike]
 
 #: Quantile of samples that stands for an undisturbed inference: low enough to be met where the machine is
 #: quiet a fifth of the time, high enough not to hang on a single sample.
@@ -97,7 +99,7 @@ class QuietRatio:
     counted: int
 
 
-def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
+def quiet_ratio(rounds: Sequence[Pair]) -> QuietRatio:
     """The ratio from rounds, each of a fresh process per model.
 
     Processes differ among themselves by more than inferences do (memory layout, placement), so rounds are the
@@ -110,14 +112,36 @@ def quiet_ratio(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
     Returns:
         The same for the same samples: the drawing is seeded.
     """
-    by_turns, by_quiet = _by_turns(rounds), _by_quiet_moments(rounds)
+    by_turns, by_quiet = _ratio_by_turns(rounds), _ratio_by_quiet_moments(rounds)
     agree = abs(by_turns.log - by_quiet.log) <= by_quiet.half_width
     if agree and by_turns.half_width < by_quiet.half_width:
         return replace(by_turns, quiet_rounds=by_quiet.quiet_rounds)
     return by_quiet
 
 
-def _by_turns(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
+def quiet_shares(passes: Sequence[Sequence[Pair]]) -> tuple[Floats, float]:
+    """Latencies of n models over the baseline's on an undisturbed device.
+
+    By quiet moments or by turns, whichever the passes agree about.
+
+    Args:
+        passes: per pass the n models, each with the baseline beside it.
+
+    Returns:
+        Logarithms of the shares, `(n,)`, and their standard error by leaving out each pass in turn: one
+        figure for all of them, since with so few passes each one's own would be chance. Infinite after the
+        first.
+    """
+    found, count = _shares(passes), len(passes)
+    if count < 2:
+        return found[0], math.inf
+    without = np.array([_shares([*passes[:i], *passes[i + 1 :]]) for i in range(count)])
+    errors = np.sqrt((count - 1) * np.mean(np.var(without, axis=0), axis=-1))
+    best = int(np.argmin(errors))
+    return found[best], float(errors[best])
+
+
+def _ratio_by_turns(rounds: Sequence[Pair]) -> QuietRatio:
     logs = np.array([turns_log(candidate, baseline) for candidate, baseline in rounds])
     log, half = float(logs.mean()), _interval(logs)
     # Not known better than a disturbed machine's ratio tells of an undisturbed one.
@@ -126,7 +150,7 @@ def _by_turns(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
     return QuietRatio(log, math.hypot(half, off), 0, len(rounds))
 
 
-def _by_quiet_moments(rounds: Sequence[tuple[ArrayLike, ArrayLike]]) -> QuietRatio:
+def _ratio_by_quiet_moments(rounds: Sequence[Pair]) -> QuietRatio:
     """From the quiet rounds where four were quiet; else the samples of all rounds are one heap for each
     model, whose fastest are compared, and the interval comes from drawing the rounds anew.
     """
@@ -161,3 +185,36 @@ def _half_width(error: float, observations: int) -> float:
     if not math.isfinite(error):
         return math.inf
     return max(FLOOR, float(stats.t.ppf((1 + CONFIDENCE) / 2, observations - 1)) * error)
+
+
+def _shares(passes: Sequence[Sequence[Pair]]) -> Floats:
+    """Logarithms of the shares by quiet moments and by turns, `(2, n)`.
+
+    Quiet moments are those of all passes together: one pass may have had none for some of the models. Turns
+    tell the models from each other. By how much a neighbour's presence changes the shares is common to them,
+    in proportion to their logarithms, so the few quiet moments of all of them together tell it.
+    """
+    of_each = list(zip(*passes, strict=True))
+    log_ms = np.log([[pooled_ms(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
+    quiet = log_ms[:, 0] - log_ms[:, 1]
+    turns = np.array([np.mean([turns_log(own, beside) for own, beside in of]) for of in of_each])
+    disturbed = np.mean([[disturbance(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
+    return np.array([quiet, turns * (1 + _stretch(turns, quiet, SUFFERS * float(disturbed)))])
+
+
+def _stretch(turns: Floats, quiet: Floats, likely: float) -> float:
+    """What brings `turns` nearest to the noisier `quiet`, as a share; held near 0, from which it is `likely`
+    so far.
+
+    The middle one of the artifacts' own shares, weighted by what they say: where the baseline of one round
+    had no quiet moment, several are off.
+    """
+    told = turns != 0
+    if not (told.any() and likely):
+        return 0.0
+    shares = (quiet[told] - turns[told]) / turns[told]
+    order = np.argsort(shares)
+    weights = np.cumsum(np.abs(turns[told])[order])
+    found = float(shares[order][np.searchsorted(weights, weights[-1] / 2)])
+    variance = float(np.mean((quiet - turns * (1 + found)) ** 2) / (turns @ turns))
+    return found * likely**2 / (likely**2 + variance)

@@ -1,7 +1,7 @@
 """Randomly pruned versions of a model, measured on a device, and the channel multiple they show.
 
-Decides which versions a profile needs and compares their times; knows neither how a version is made (the
-caller's `export` does that) nor how a latency model is fitted to them.
+Decides which versions a profile needs and how often each is measured; knows neither how a version is made
+(the caller's `export` does that) nor how a latency model is fitted to them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from .artifact import Artifact
 from .device import Device
-from .quiet import SUFFERS, WITHIN, Floats, disturbance, pooled_ms, quiet_ms, turns_log
+from .quiet import WITHIN, Floats, quiet_ms, quiet_shares
 
 if TYPE_CHECKING:
     from .latency_profile import LayerProfile
@@ -40,9 +40,6 @@ PASS_ERROR = 0.01
 #: The same above which passes go on beyond the time limit, up to so many times the limit: a whole study rests
 #: on what they say.
 POOR_ERROR, MOST_TIMES = 0.03, 3
-
-#: Per pass and artifact its samples and those of the baseline beside it, `(turns, runs)` each.
-Passes = Sequence[Sequence[tuple[Floats, Floats]]]
 
 
 @dataclass(frozen=True)
@@ -198,7 +195,7 @@ def measure_variants(
                 operators += together.operators
             taken_s += time.monotonic() - start
         passes.append(found)
-        log_shares, error = _log_shares(passes)
+        log_shares, error = quiet_shares(passes)
         if progress:
             known = f" ± {error:.1%}" if error < 1 else ""
             progress(f"pass {len(passes)} over {len(artifacts)} variants{known}")
@@ -207,64 +204,6 @@ def measure_variants(
         if len(passes) >= MAX_PASSES or (len(passes) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
     return Measured(np.exp(log_shares), error, tuple(operators))
-
-
-def _log_shares(passes: Passes) -> tuple[Floats, float]:
-    """Log share of each artifact on an undisturbed machine and their standard error: by quiet moments or by
-    turns, see `quiet`, whichever the passes agree about.
-    """
-    each = [(by(passes), _error(by, passes)) for by in (_by_quiet_moments, _by_turns)]
-    return min(each, key=lambda found: found[1])
-
-
-def _by_quiet_moments(passes: Passes) -> Floats:
-    """From the undisturbed samples of all passes together: one pass may have had no quiet moment for some of
-    them.
-    """
-    of_each = zip(*passes, strict=True)
-    log_ms = np.log([[pooled_ms(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
-    return np.array(log_ms[:, 0] - log_ms[:, 1])
-
-
-def _by_turns(passes: Passes) -> Floats:
-    """Turns tell the artifacts from each other. By how much a neighbour's presence changes the shares is
-    common to them, in proportion to their logarithms, so the few quiet moments of all of them together tell
-    it.
-    """
-    of_each = list(zip(*passes, strict=True))
-    turns = np.array([np.mean([turns_log(own, beside) for own, beside in of]) for of in of_each])
-    disturbed = np.mean([[disturbance(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
-    return turns * (1 + _stretch(turns, _by_quiet_moments(passes), SUFFERS * float(disturbed)))
-
-
-def _stretch(turns: Floats, quiet: Floats, likely: float) -> float:
-    """What brings `turns` nearest to the noisier `quiet`, as a share; held near 0, from which it is `likely`
-    so far.
-
-    The middle one of the artifacts' own shares, weighted by what they say: where the baseline of one round
-    had no quiet moment, several are off.
-    """
-    told = turns != 0
-    if not (told.any() and likely):
-        return 0.0
-    shares = (quiet[told] - turns[told]) / turns[told]
-    order = np.argsort(shares)
-    weights = np.cumsum(np.abs(turns[told])[order])
-    found = float(shares[order][np.searchsorted(weights, weights[-1] / 2)])
-    variance = float(np.mean((quiet - turns * (1 + found)) ** 2) / (turns @ turns))
-    return found * likely**2 / (likely**2 + variance)
-
-
-def _error(by: Callable[[Passes], Floats], passes: Passes) -> float:
-    """Standard error of the log shares, by leaving out each pass in turn; infinite after the first.
-
-    One figure for all of them: with so few passes each one's own would be chance.
-    """
-    count = len(passes)
-    if count < 2:
-        return math.inf
-    without = [by([*passes[:i], *passes[i + 1 :]]) for i in range(count)]
-    return float(np.sqrt((count - 1) * np.mean(np.var(without, axis=0))))
 
 
 def choose_multiple(
