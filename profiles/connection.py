@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +31,8 @@ _ROOT = Path(__file__).resolve().parent.parent
 HELLO_TIMEOUT_S = 180.0
 #: A model is sent in pieces, each of which has to arrive within this time.
 FILE_TIMEOUT_S = 60.0
+#: While others have the machine, the runner says six times in this span that it waits.
+TAKE_TIMEOUT_S = 60.0
 PIECE_BYTES = 1 << 20
 
 
@@ -50,6 +53,7 @@ class Connection:
         self._errors: deque[str] = deque(maxlen=20)
         self._turn = threading.Lock()
         self._next_id = 0
+        self._alone = 0
         command = [sys.executable, "-u", "-m", "profiles.runner"]
         if device.host:
             command = ssh_command(device.host)
@@ -161,19 +165,27 @@ class Connection:
             DeviceLostError: no answer within `timeout_s`, or the runner ended; the connection is closed then.
             DeviceError: the runner answered that it could not do it.
         """
-        name, what = self._device.name, request["do"]
+        what = request["do"]
         with self._turn:
             self._next_id += 1
             self._send(json.dumps({**request, "id": self._next_id}))
-            line = self._receive(what, timeout_s)
-            if line is None:
-                status = self._ended()
-                said = "; it said: " + " | ".join(list(self._errors)[-3:]) if self._errors else ""
-                if self._device.host:
-                    raise DeviceLostError(
-                        f"device {name}: lost {self._device.host} at {what!r} (ssh status {status}){said}"
-                    )
-                raise DeviceLostError(f"device {name}: the runner ended (status {status}) at {what!r}{said}")
+            while (answer := self._answer(what, timeout_s)).get("waiting"):
+                pass  # It lives, however long others have the machine.
+        if not answer["ok"]:
+            raise DeviceError(f"device {self._device.name}: {answer['error']}")
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _answer(self, what: str, timeout_s: float) -> dict[str, Any]:
+        name, line = self._device.name, self._receive(what, timeout_s)
+        if line is None:
+            status = self._ended()
+            said = "; it said: " + " | ".join(list(self._errors)[-3:]) if self._errors else ""
+            if self._device.host:
+                raise DeviceLostError(
+                    f"device {name}: lost {self._device.host} at {what!r} (ssh status {status}){said}"
+                )
+            raise DeviceLostError(f"device {name}: the runner ended (status {status}) at {what!r}{said}")
         try:
             answer: dict[str, Any] = json.loads(line)
         except json.JSONDecodeError:
@@ -181,10 +193,24 @@ class Connection:
             raise DeviceLostError(
                 f"device {name}: the runner's answer to {what!r} is not JSON: {line[:100]!r}"
             ) from None
-        if not answer["ok"]:
-            raise DeviceError(f"device {name}: {answer['error']}")
-        result: dict[str, Any] = answer["result"]
-        return result
+        return answer
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Have a remote device to oneself: nobody of ours works or measures there meanwhile. Reentrant.
+
+        Raises: as `ask`.
+        """
+        if self._alone == 0:
+            self.ask({"do": "take", "announce_s": TAKE_TIMEOUT_S / 6}, timeout_s=TAKE_TIMEOUT_S)
+        self._alone += 1
+        try:
+            yield
+        finally:
+            self._alone -= 1
+            if self._alone == 0 and self.is_open:
+                with contextlib.suppress(DeviceError):  # A runner that is gone holds nothing.
+                    self.ask({"do": "free"}, timeout_s=TAKE_TIMEOUT_S)
 
     @property
     def is_open(self) -> bool:

@@ -7,13 +7,10 @@ process that dies gives it up. Knows nothing of what is done under it.
 from __future__ import annotations
 
 import contextlib
-import getpass
-import tempfile
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
-from filelock import FileLock, ReadWriteLock
+from .runner.host import CAN_FLOCK, MachineLock, lock_folder
 
 #: The purpose that excludes all others.
 MEASURE = "measure"
@@ -22,48 +19,44 @@ _held: list[str] = []
 _guard = threading.RLock()
 
 
-def _folder() -> Path:
-    # Users share the machine but not their files; two of them measuring at once is theirs to settle.
-    folder = Path(tempfile.gettempdir()) / f"paretoprune-{getpass.getuser()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
-
-
 @contextlib.contextmanager
 def host_lock(purpose: str) -> Iterator[None]:
     """Hold the host's lock: exclusively for `"measure"`, shared with other work for any other purpose.
 
-    Waits until it is free. Reentrant in a process; threads of one process take turns.
+    Waits until it is free. Reentrant in a process; threads of one process take turns. Measurements that other
+    machines take here over ssh keep to the same lock.
 
     Raises:
         RuntimeError: a measurement was asked for under a lock held for other work, which would wait for
             itself.
     """
     with _guard:
-        if _held:
-            if purpose == MEASURE and MEASURE not in _held:
-                raise RuntimeError(
-                    f"cannot measure while this process holds the host's lock for {_held[-1]!r}; "
-                    "leave that block first"
-                )
+        if _held and purpose == MEASURE and MEASURE not in _held:
+            raise RuntimeError(
+                f"cannot measure while this process holds the host's lock for {_held[-1]!r}; "
+                "leave that block first"
+            )
+        with contextlib.nullcontext() if _held else _lock(purpose == MEASURE):
             _held.append(purpose)
             try:
                 yield
             finally:
                 _held.pop()
-            return
-        folder = _folder()
-        lock = ReadWriteLock(folder / "host.rw", is_singleton=False)
-        # Whoever wants in passes the gate first, so that a waiting measurement is not overtaken by new work
-        # for ever.
-        gate = FileLock(folder / "gate.lock", is_singleton=False)
-        with gate:
-            held = lock.write_lock() if purpose == MEASURE else lock.read_lock()
-            held.__enter__()
-        _held.append(purpose)
-        try:
+
+
+@contextlib.contextmanager
+def _lock(alone: bool) -> Iterator[None]:
+    if not CAN_FLOCK:
+        from filelock import ReadWriteLock
+
+        lock = ReadWriteLock(lock_folder() / "host.rw", is_singleton=False)
+        with lock.write_lock() if alone else lock.read_lock():
             yield
-        finally:
-            _held.pop()
-            held.__exit__(None, None, None)
-            lock.close()
+        lock.close()
+        return
+    machine = MachineLock()
+    machine.take(alone)
+    try:
+        yield
+    finally:
+        machine.free()

@@ -265,10 +265,10 @@ def layer_profiles(
 
 @contextlib.contextmanager
 def measuring(device: Device) -> Iterator[Connection]:
-    """A connection to the device, with this machine to itself where it is the device."""
+    """A connection to the device, which nobody else of ours works on meanwhile."""
     # Importing the runtime needs no lock and would keep others waiting.
     connection = connect(device)
-    with host_lock("measure") if device.is_local else contextlib.nullcontext():
+    with host_lock("measure") if device.is_local else connection.alone():
         yield connection
 
 

@@ -273,7 +273,7 @@ def ssh_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshServer]:
         UsePAM no
         PermitRootLogin yes
         PasswordAuthentication no
-        SetEnv XDG_CACHE_HOME={folder}/cache
+        SetEnv XDG_CACHE_HOME={folder}/cache TMPDIR={tempfile.gettempdir()}
         """
     )
     with (folder / "sshd.log").open("wb") as log:

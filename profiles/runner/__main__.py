@@ -7,9 +7,13 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from .child import serve_child
-from .requests import answer
+from .requests import answer, machine
+
+#: A measurement's requests follow each other within a second.
+HOLDING_IDLE_S = 60
 
 
 def main() -> None:
@@ -19,17 +23,23 @@ def main() -> None:
     if "--child" in sys.argv:
         serve_child(sys.stdin, out)
         return
-    for line in _requests():
-        out.write(json.dumps(answer(json.loads(line))) + "\n")
+
+    def say(line: dict[str, Any]) -> None:
+        out.write(json.dumps(line) + "\n")
         out.flush()
+
+    for line in _requests():
+        say(answer(json.loads(line), say))
 
 
 def _requests() -> Iterator[str]:
-    """Lines of stdin; a remote runner that waits for one too long is ended, for its line may be dead."""
+    """Lines of stdin; a remote runner that waits for one too long is ended, for its line may be dead. Sooner
+    where it holds the machine, which others wait for.
+    """
     idle_s = int(os.environ.get("PARETOPRUNE_RUNNER_IDLE_S", "0")) if hasattr(signal, "alarm") else 0
     while True:
         if idle_s:
-            signal.alarm(idle_s)
+            signal.alarm(min(idle_s, HOLDING_IDLE_S) if machine.is_taken else idle_s)
         line = sys.stdin.readline()
         if idle_s:
             signal.alarm(0)

@@ -1,24 +1,30 @@
 """What a runner can be asked, and how it answers.
 
 Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or more models in turns),
-`profile` (per operator); on a remote device also `find`, `store`, `keep` (model files).
+`profile` (per operator); on a remote device also `take` and `free` (have the machine to oneself, as the one
+that asks has its own by `lock.host_lock`) and `find`, `store`, `keep` (model files).
 Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash",
-"error"}`.
+"error"}`; to `take`, any number of `{"id", "waiting": true}` ahead of it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 from .child import CAN_FORK, Child, ChildCrashError, describe_error
-from .files import cache_folder, do_find, do_keep, do_store
+from .files import do_find, do_keep, do_store
+from .host import MachineLock
 from .machine import busy_shares, choose_cpus, machine_facts
 from .session_torch import keep_memory
 from .sessions import MissingRuntimeError, import_runtime, read_ahead
+
+#: Writes one line to who asks.
+Say = Callable[[dict[str, Any]], None]
+#: Held between `take` and `free`.
+machine = MachineLock()
 
 
 def do_hello(request: dict[str, Any]) -> dict[str, Any]:
@@ -32,25 +38,25 @@ def do_hello(request: dict[str, Any]) -> dict[str, Any]:
     return {"version": import_runtime(request["runtime"]), "pid": os.getpid()}
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """On a remote device, one measurement at a time, whoever asks; the asking machine has its own lock."""
-    folder = cache_folder()
-    if folder is None:
-        yield
-        return
-    import fcntl
-
-    with (folder / "measure.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def do_facts(request: dict[str, Any]) -> dict[str, Any]:
     return machine_facts(request)
 
 
-@_alone()
+def do_take(request: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Keep others of ours from working on this machine until `free`.
+
+    Request: `announce_s`, how often to say that it waits for them.
+    """
+    if not machine.is_taken:
+        machine.take(True, lambda: say({"id": request["id"], "waiting": True}), request["announce_s"])
+    return {}
+
+
+def do_free(request: dict[str, Any]) -> dict[str, Any]:
+    machine.free()
+    return {}
+
+
 def do_round(request: dict[str, Any]) -> dict[str, Any]:
     """One fresh process per model, warmed up, then blocks in turns A B B A ...; those not running are
     stopped.
@@ -113,7 +119,6 @@ def _round_plan(typical_ms: list[float], round_s: float, block_s: float, most: i
     return turns - turns % 2, runs  # An even count, so that each one starts as many turns as it ends.
 
 
-@_alone()
 def do_profile(request: dict[str, Any]) -> dict[str, Any]:
     """Operators of one model, timed by its runtime in a process of its own."""
     if CAN_FORK:
@@ -133,16 +138,23 @@ REQUESTS = {
     "facts": do_facts,
     "round": do_round,
     "profile": do_profile,
+    "free": do_free,
     "find": do_find,
     "store": do_store,
     "keep": do_keep,
 }
 
 
-def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """Carry out one request; a failure of any kind becomes an answer."""
+def answer(request: dict[str, Any], say: Say) -> dict[str, Any]:
+    """Carry out one request; a failure of any kind becomes an answer.
+
+    Args:
+        say: takes a line ahead of the answer.
+    """
     try:
-        return {"id": request.get("id"), "ok": True, "result": REQUESTS[request["do"]](request)}
+        do = request["do"]
+        result = do_take(request, say) if do == "take" else REQUESTS[do](request)
+        return {"id": request.get("id"), "ok": True, "result": result}
     except MissingRuntimeError as error:
         return {"id": request.get("id"), "ok": False, "kind": "missing", "error": str(error)}
     except ChildCrashError as error:

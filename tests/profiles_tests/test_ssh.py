@@ -17,6 +17,7 @@ from profiles.artifact import Artifact
 from profiles.connection import DeviceError, DeviceLostError, close_connections, connect
 from profiles.device import Device, describe
 from profiles.latency_profile import OTHER
+from profiles.lock import host_lock
 from profiles.measure import compare, measure, profile_layers
 
 Export = Callable[[Device, int], Artifact]
@@ -96,6 +97,39 @@ def test_a_line_cut_in_the_middle_of_a_comparison_is_said_and_the_next_one_works
     _, alive = psutil.wait_procs([runner, *measured], timeout=60)
     assert not alive
     assert measure(device, artifact, rounds=1).p50_ms > 0
+
+
+def test_work_over_there_and_a_measurement_wait_for_each_other(
+    server: Any, export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is this machine, so the work is this process's own; the wait outlasts the time-out."""
+    monkeypatch.setattr(connection, "TAKE_TIMEOUT_S", 6.0)
+    device, artifact = server.device(), export(Device("near", "onnxruntime"), 16)
+    connect(device)
+    happened: list[str] = []
+
+    def measured() -> None:
+        measure(device, artifact, rounds=1)
+        happened.append("measured")
+
+    measuring = threading.Thread(target=measured)
+    with host_lock("training"):
+        measuring.start()
+        time.sleep(8)
+        happened.append("worked")
+    measuring.join(timeout=60)
+    with connect(device).alone():
+        worker = threading.Thread(target=lambda: _work(happened))
+        worker.start()
+        time.sleep(0.5)
+        happened.append("alone")
+    worker.join(timeout=60)
+    assert happened == ["worked", "measured", "alone", "worked on"]
+
+
+def _work(happened: list[str]) -> None:
+    with host_lock("training"):
+        happened.append("worked on")
 
 
 def test_a_runner_that_is_asked_nothing_ends_by_itself(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
