@@ -167,7 +167,8 @@ def reach(way: Way, point: float, bench: Bench, folder: Path) -> tuple[PruningPl
         model = prune(bench.task.load_model(), plan, bench.task.settle)
         module = bench.task.deployable(model)
         artifact = export_artifact(module, bench.device, folder / "artifact", bench.task.input_shape)
-        found = compare(bench.device, artifact, bench.baseline, limit_s=bench.latency_limit_s)
+        limit_s, skew = bench.latency_limit_s, bench.profile.skew
+        found = compare(bench.device, artifact, bench.baseline, limit_s=limit_s, skew=skew)
         shutil.rmtree(folder / "artifact")
         tried.append((abs(found.ratio - point), plan, ratio, found))
         if tried[-1][0] <= CLOSE:

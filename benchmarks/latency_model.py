@@ -110,7 +110,7 @@ def measure_plan(number: int, round_to: int, bench: Bench, folder: Path, limit_s
         model = prune(model, plan, bench.task.settle)
     module = bench.task.deployable(model)
     artifact = export_artifact(module, bench.device, folder, bench.task.input_shape)
-    comparison = compare(bench.device, artifact, bench.baseline, limit_s=limit_s)
+    comparison = compare(bench.device, artifact, bench.baseline, limit_s=limit_s, skew=bench.profile.skew)
     shutil.rmtree(folder)
     ins = [[spec.in_channels for spec in artifact.layers]]
     outs = [[spec.out_channels for spec in artifact.layers]]

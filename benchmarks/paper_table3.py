@@ -123,7 +123,7 @@ def prune_for_real(bench: Bench, beta: float, epochs: int, folder: Path, limit_s
     task = bench.task
     model = prune(task.load_model(), plan, task.settle)
     artifact = export_artifact(task.deployable(model), bench.device, folder / f"{beta:g}", task.input_shape)
-    found = compare(bench.device, artifact, bench.baseline, limit_s=limit_s)
+    found = compare(bench.device, artifact, bench.baseline, limit_s=limit_s, skew=bench.profile.skew)
     accuracies: list[float] = []
     before = task.evaluate(task.predictor(model))
 

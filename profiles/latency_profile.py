@@ -17,9 +17,11 @@ from numpy.typing import ArrayLike
 from .artifact import Artifact, LayerSpec
 from .device import Device
 from .latency_model import KINDS, Floats, LatencyModel
+from .quiet import UNKNOWN_SKEW, Skew
 from .timing import Timing
 from .variants import (
     LIKELY_MULTIPLE,
+    Measured,
     MeasuredVariant,
     Variant,
     choose_multiple,
@@ -28,7 +30,7 @@ from .variants import (
     trial_variants,
 )
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
 #: Profiled inferences of a variant, and those before them: its layers are many, and the fit looks at all.
@@ -99,6 +101,7 @@ class LatencyProfile:
         other: latency of the operators that are no layer, by kind, in ms.
         channel_multiple: kept widths should be multiples of this on the device.
         model: predicts latency from widths.
+        skew: how a disturbance moves the ratio of two versions of the model, for further comparisons.
 
     Raises:
         ValueError: no layers, a name twice, or a latency that is not positive.
@@ -113,6 +116,7 @@ class LatencyProfile:
     other: Mapping[str, float]
     channel_multiple: int
     model: LatencyModel
+    skew: Skew = UNKNOWN_SKEW
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:
@@ -196,6 +200,7 @@ class LatencyProfile:
             "other": dict(self.other),
             "channel_multiple": self.channel_multiple,
             "model": self.model.to_json(),
+            "skew": asdict(self.skew),
         }
 
     @classmethod
@@ -215,6 +220,7 @@ class LatencyProfile:
             other=dict(data["other"]),
             channel_multiple=data["channel_multiple"],
             model=LatencyModel.from_json(data["model"]),
+            skew=Skew(**data["skew"]),
         )
 
 
@@ -253,8 +259,9 @@ def build_profile(
     other = {entry.layer: entry.timing.mean_ms for entry in entries if entry.op == OTHER}
     model_ms = sum(entry.timing.mean_ms for entry in entries)
     model, multiple = _unfitted("bilinear" if kind == "fitted" else kind, layers, other), LIKELY_MULTIPLE
+    skew = UNKNOWN_SKEW
     if kind == "fitted":
-        model, multiple = _fitted(device, export, artifact, entries, model, say)
+        model, multiple, skew = _fitted(device, export, artifact, entries, model, say)
     return LatencyProfile(
         device=device,
         fingerprint=device.fingerprint,
@@ -265,6 +272,7 @@ def build_profile(
         other=other,
         channel_multiple=multiple,
         model=model,
+        skew=skew,
     )
 
 
@@ -286,33 +294,33 @@ def _fitted(
     entries: Sequence[LayerProfile],
     bilinear: LatencyModel,
     say: Callable[[str], None],
-) -> tuple[LatencyModel, int]:
-    """The fitted latency model and the channel multiple, from variants measured beside the baseline."""
+) -> tuple[LatencyModel, int, Skew]:
+    """Latency model, channel multiple and skew, from variants measured beside the baseline."""
     from .latency_fit import fit_latency_model
     from .measure import layer_profiles
 
     measured = [MeasuredVariant.of(Variant(), entries)]
     model_ms = measured[0].model_ms
 
-    def measure_all(variants: Sequence[Variant]) -> tuple[list[Artifact], Floats, float]:
+    def measure_all(variants: Sequence[Variant], skew: Skew) -> tuple[list[Artifact], Measured]:
         artifacts = [export(variant) for variant in variants]
         found = measure_variants(
-            device, artifacts, baseline, say, repeats=VARIANT_REPEATS, warmup=VARIANT_WARMUP
+            device, artifacts, baseline, say, repeats=VARIANT_REPEATS, warmup=VARIANT_WARMUP, skew=skew
         )
         for variant, artifact, share, nodes in zip(
             variants, artifacts, found.shares, found.operators, strict=True
         ):
             layers = layer_profiles(device, artifact, nodes, model_ms * float(share), VARIANT_WARMUP)
             measured.append(MeasuredVariant.of(variant, layers))
-        return artifacts, found.shares, found.error
+        return artifacts, found
 
     variants = trial_variants()
-    artifacts, relative, error = measure_all(variants)
+    artifacts, first = measure_all(variants, UNKNOWN_SKEW)
     ins, outs = (np.array([[getattr(spec, side) for spec in a.layers] for a in artifacts]) for side in SIDES)
     work = bilinear.predict_many(ins, outs) / model_ms
-    multiple = choose_multiple(variants, relative, work, error, bilinear.out_channels)
+    multiple = choose_multiple(variants, first.shares, work, first.error, bilinear.out_channels)
     say(f"{device.name} works best with channels in multiples of {multiple}")
-    measure_all(further_variants(multiple))
+    _, further = measure_all(further_variants(multiple), first.skew)
     model = fit_latency_model([entry for entry in entries if entry.op != OTHER], measured)
     say(f"the latency model was within {model.error:.1%} on nine of ten variants it had not seen")
-    return model, multiple
+    return model, multiple, further.skew

@@ -24,7 +24,7 @@ from .connection import Connection, DeviceError, connect
 from .device import Device
 from .latency_profile import OTHER, LayerProfile
 from .lock import host_lock
-from .quiet import MIN_ROUNDS, Floats, quiet_ratio
+from .quiet import MIN_ROUNDS, UNKNOWN_SKEW, Floats, Skew, quiet_ratio
 from .timing import Comparison, Timing
 
 #: Receives one short line of text per step.
@@ -45,6 +45,7 @@ def compare(
     *,
     target: float = 0.01,
     limit_s: float = 30.0,
+    skew: Skew = UNKNOWN_SKEW,
     progress: Progress | None = None,
 ) -> Comparison:
     """Measure two artifacts in turns until their ratio is known.
@@ -52,6 +53,7 @@ def compare(
     Args:
         target: wanted half-width of the ratio's 95% interval, as a share of the ratio.
         limit_s: no further round begins when it would end after this, once there are four.
+        skew: how a neighbour moves the ratio on this device, as the model's latency profile found it.
         progress: called after each round.
 
     Raises:
@@ -82,7 +84,7 @@ def compare(
             warmup = done["warmup"]
             candidate_ms, baseline_ms = _samples(done["blocks"], 2)
             rounds.append((candidate_ms, baseline_ms))
-            found = quiet_ratio(rounds)
+            found = quiet_ratio(rounds, skew)
             half = found.half_width
             if progress:
                 width = f" ± {half:.1%}" if half < 1 else ""

@@ -43,11 +43,52 @@ LEAST_SPREAD = 0.004
 #: Half-width below which no interval is believed, however many rounds there were.
 FLOOR = 0.005
 RESAMPLES = 200
-#: How unequally a disturbance may meet two models, as a share of it and of the logarithm of their ratio. Seen
-#: were 0.2 to 0.25 with YOLOv8n in ONNX Runtime and PyTorch (five pairs), none in ncnn (two), 0.5 with
-#: ResNet-56 in ncnn (one). Turns therefore count for models that are much alike, or where hardly anything
-#: disturbs.
-SUFFERS = 0.5
+#: Errors of slopes below which none is believed: the next neighbour disturbs in another way.
+LEAST_SKEW_ERROR = 0.1
+#: Models of one round share the baseline's quiet moments, so their errors are much alike: the variance of
+#: what they say together is larger by this than if they were not (two to six recorded passes, against all).
+SHARED_BASELINE = 2.5
+#: Fewer models than this say nothing of a skew.
+MIN_MODELS = 4
+
+
+@dataclass(frozen=True)
+class Skew:
+    """How a disturbance moves the ratio of two models, as far as it is known.
+
+    The logarithm of the undisturbed ratio is that of disturbed turns times `1 + slope * disturbance`:
+    positive where a small model suffers more than a large one.
+
+    Attributes:
+        slope: as it is, of a runtime and a network. Seen were 0.2 to 0.3 with YOLOv8n in ONNX Runtime and
+            PyTorch, none in ncnn, 0.5 with ResNet-56 in ncnn, whose pruned versions fit a cache.
+        error: its standard error.
+    """
+
+    slope: float = 0.2
+    error: float = 0.4
+
+    def undisturbed(self, log: float, disturbance: float) -> tuple[float, float]:
+        """The undisturbed log ratio from a disturbed one, and its error for want of a better slope."""
+        return log * (1 + self.slope * disturbance), abs(log) * self.error * disturbance
+
+    def updated(self, turns: Floats, quiet: Floats, disturbances: Floats) -> Skew:
+        """With what several models say, `(n,)` each: log ratios by turns, by quiet moments, and how much was
+        disturbed.
+        """
+        lever = turns * disturbances
+        power = float(lever @ lever)
+        if len(turns) < MIN_MODELS or not power:
+            return self
+        found = float((quiet - turns) @ lever) / power
+        variance = SHARED_BASELINE * float(np.mean((quiet - turns - found * lever) ** 2)) / power
+        weight = self.error**2 / (self.error**2 + variance)
+        error = self.error * math.sqrt(1 - weight)
+        return Skew(self.slope + weight * (found - self.slope), max(error, LEAST_SKEW_ERROR))
+
+
+#: Where nothing has been measured yet.
+UNKNOWN_SKEW = Skew()
 
 
 def quiet_ms(samples_ms: ArrayLike, quantile: float = QUANTILE) -> float:
@@ -99,7 +140,7 @@ class QuietRatio:
     counted: int
 
 
-def quiet_ratio(rounds: Sequence[Pair]) -> QuietRatio:
+def quiet_ratio(rounds: Sequence[Pair], skew: Skew = UNKNOWN_SKEW) -> QuietRatio:
     """The ratio from rounds, each of a fresh process per model.
 
     Processes differ among themselves by more than inferences do (memory layout, placement), so rounds are the
@@ -108,46 +149,71 @@ def quiet_ratio(rounds: Sequence[Pair]) -> QuietRatio:
 
     Args:
         rounds: per round the samples of the candidate and of the baseline in ms, `(turns, runs)` each.
+        skew: what is known of the device, for the turns.
 
     Returns:
         The same for the same samples: the drawing is seeded.
     """
-    by_turns, by_quiet = _ratio_by_turns(rounds), _ratio_by_quiet_moments(rounds)
+    by_turns, by_quiet = _ratio_by_turns(rounds, skew), _ratio_by_quiet_moments(rounds)
     agree = abs(by_turns.log - by_quiet.log) <= by_quiet.half_width
     if agree and by_turns.half_width < by_quiet.half_width:
         return replace(by_turns, quiet_rounds=by_quiet.quiet_rounds)
     return by_quiet
 
 
-def quiet_shares(passes: Sequence[Sequence[Pair]]) -> tuple[Floats, float]:
+@dataclass(frozen=True, eq=False)
+class QuietShares:
     """Latencies of n models over the baseline's on an undisturbed device.
 
-    By quiet moments or by turns, whichever the passes agree about.
+    Attributes:
+        log: logarithms of the shares, `(n,)`.
+        error: their standard error by leaving out each pass in turn; one figure for all of them, since with
+            so few passes each one's own would be chance. Infinite after the first.
+        skew: what the models say of the device, and what was known before.
+    """
+
+    log: Floats
+    error: float
+    skew: Skew
+
+
+def quiet_shares(passes: Sequence[Sequence[Pair]], skew: Skew = UNKNOWN_SKEW) -> QuietShares:
+    """Shares by quiet moments or by turns, whichever the passes agree about.
 
     Args:
         passes: per pass the n models, each with the baseline beside it.
-
-    Returns:
-        Logarithms of the shares, `(n,)`, and their standard error by leaving out each pass in turn: one
-        figure for all of them, since with so few passes each one's own would be chance. Infinite after the
-        first.
+        skew: what is known of the device.
     """
-    found, count = _shares(passes), len(passes)
+    (found, learnt), count = _shares(passes, skew), len(passes)
     if count < 2:
-        return found[0], math.inf
-    without = np.array([_shares([*passes[:i], *passes[i + 1 :]]) for i in range(count)])
+        return QuietShares(found[0], math.inf, learnt)
+    without = [_shares([*passes[:i], *passes[i + 1 :]], skew)[0] for i in range(count)]
     errors = np.sqrt((count - 1) * np.mean(np.var(without, axis=0), axis=-1))
     best = int(np.argmin(errors))
-    return found[best], float(errors[best])
+    return QuietShares(found[best], float(errors[best]), learnt)
 
 
-def _ratio_by_turns(rounds: Sequence[Pair]) -> QuietRatio:
+def _shares(passes: Sequence[Sequence[Pair]], skew: Skew) -> tuple[Floats, Skew]:
+    """Logarithms of the shares by quiet moments and by turns, `(2, n)`, and the skew of the latter.
+
+    Quiet moments are those of all passes together: one pass may have had none for some of the models. Turns
+    tell the models from each other; what a neighbour makes of them is common to them, so the few quiet
+    moments of all of them together tell it.
+    """
+    of_each = [list(zip(*of, strict=True)) for of in zip(*passes, strict=True)]  # of both their rounds
+    log_ms = np.log([[pooled_ms(blocks) for blocks in both] for both in of_each])
+    quiet = log_ms[:, 0] - log_ms[:, 1]
+    turns = np.array([np.mean([turns_log(*pair) for pair in zip(*both, strict=True)]) for both in of_each])
+    disturbances = np.array([np.mean([disturbance(blocks) for blocks in both]) for both in of_each])
+    learnt = skew.updated(turns, quiet, disturbances)
+    return np.array([quiet, turns * (1 + learnt.slope * disturbances)]), learnt
+
+
+def _ratio_by_turns(rounds: Sequence[Pair], skew: Skew) -> QuietRatio:
     logs = np.array([turns_log(candidate, baseline) for candidate, baseline in rounds])
-    log, half = float(logs.mean()), _interval(logs)
-    # Not known better than a disturbed machine's ratio tells of an undisturbed one.
-    disturbed = np.mean([disturbance(blocks) for blocks in zip(*rounds, strict=True)])
-    off = 2 * SUFFERS * float(disturbed) * abs(log)
-    return QuietRatio(log, math.hypot(half, off), 0, len(rounds))
+    disturbed = float(np.mean([disturbance(blocks) for blocks in zip(*rounds, strict=True)]))
+    log, error = skew.undisturbed(float(logs.mean()), disturbed)
+    return QuietRatio(log, math.hypot(_interval(logs), 2 * error), 0, len(rounds))
 
 
 def _ratio_by_quiet_moments(rounds: Sequence[Pair]) -> QuietRatio:
@@ -185,36 +251,3 @@ def _half_width(error: float, observations: int) -> float:
     if not math.isfinite(error):
         return math.inf
     return max(FLOOR, float(stats.t.ppf((1 + CONFIDENCE) / 2, observations - 1)) * error)
-
-
-def _shares(passes: Sequence[Sequence[Pair]]) -> Floats:
-    """Logarithms of the shares by quiet moments and by turns, `(2, n)`.
-
-    Quiet moments are those of all passes together: one pass may have had none for some of the models. Turns
-    tell the models from each other. By how much a neighbour's presence changes the shares is common to them,
-    in proportion to their logarithms, so the few quiet moments of all of them together tell it.
-    """
-    of_each = list(zip(*passes, strict=True))
-    log_ms = np.log([[pooled_ms(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
-    quiet = log_ms[:, 0] - log_ms[:, 1]
-    turns = np.array([np.mean([turns_log(own, beside) for own, beside in of]) for of in of_each])
-    disturbed = np.mean([[disturbance(blocks) for blocks in zip(*of, strict=True)] for of in of_each])
-    return np.array([quiet, turns * (1 + _stretch(turns, quiet, SUFFERS * float(disturbed)))])
-
-
-def _stretch(turns: Floats, quiet: Floats, likely: float) -> float:
-    """What brings `turns` nearest to the noisier `quiet`, as a share; held near 0, from which it is `likely`
-    so far.
-
-    The middle one of the artifacts' own shares, weighted by what they say: where the baseline of one round
-    had no quiet moment, several are off.
-    """
-    told = turns != 0
-    if not (told.any() and likely):
-        return 0.0
-    shares = (quiet[told] - turns[told]) / turns[told]
-    order = np.argsort(shares)
-    weights = np.cumsum(np.abs(turns[told])[order])
-    found = float(shares[order][np.searchsorted(weights, weights[-1] / 2)])
-    variance = float(np.mean((quiet - turns * (1 + found)) ** 2) / (turns @ turns))
-    return found * likely**2 / (likely**2 + variance)

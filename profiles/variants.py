@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from .artifact import Artifact
 from .device import Device
-from .quiet import WITHIN, Floats, quiet_ms, quiet_shares
+from .quiet import UNKNOWN_SKEW, WITHIN, Floats, Skew, quiet_ms, quiet_shares
 
 if TYPE_CHECKING:
     from .latency_profile import LayerProfile
@@ -144,11 +144,13 @@ class Measured:
     Attributes:
         shares: latency of each as a share of the baseline's, `(n,)`.
         error: standard error of the shares' logarithm.
+        skew: how a disturbance moves them, with what was known before.
         operators: per artifact what the runtime's profiler said, for `measure.layer_profiles`.
     """
 
     shares: Floats
     error: float
+    skew: Skew
     operators: tuple[Any, ...]
 
 
@@ -161,6 +163,7 @@ def measure_variants(
     repeats: int,
     warmup: int,
     limit_s: float = 32.0,
+    skew: Skew = UNKNOWN_SKEW,
 ) -> Measured:
     """Latency of each artifact relative to the baseline, and its operators.
 
@@ -172,6 +175,7 @@ def measure_variants(
         repeats, warmup: profiled inferences of each artifact, and those before them.
         limit_s: no further pass begins when it would end after this, once there are two; while they disagree
             by more than a few percent, after three times this.
+        skew: what is known of the device.
 
     Raises: as `measure.measure_together`.
     """
@@ -181,7 +185,7 @@ def measure_variants(
     operators: list[Any] = []
     taken_s = 0.0
     while True:
-        found: list[tuple[Floats, Floats]] = []  # of each artifact, and of the baseline beside it
+        samples: list[tuple[Floats, Floats]] = []  # of each artifact, and of the baseline beside it
         with measuring(device):  # a wait for the machine is none of the measurement's time
             start = time.monotonic()
             for at in range(0, len(artifacts), TOGETHER):
@@ -191,11 +195,12 @@ def measure_variants(
                     device, some, baseline, first=len(passes), profiled=profiled, warmup=warmup
                 )
                 *own, beside = together.samples
-                found += [(samples, beside) for samples in own]
+                samples += [(each, beside) for each in own]
                 operators += together.operators
             taken_s += time.monotonic() - start
-        passes.append(found)
-        log_shares, error = quiet_shares(passes)
+        passes.append(samples)
+        found = quiet_shares(passes, skew)
+        error = found.error
         if progress:
             known = f" ± {error:.1%}" if error < 1 else ""
             progress(f"pass {len(passes)} over {len(artifacts)} variants{known}")
@@ -203,7 +208,7 @@ def measure_variants(
         late = taken_s * (1 + 1 / len(passes)) > longest_s
         if len(passes) >= MAX_PASSES or (len(passes) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
-    return Measured(np.exp(log_shares), error, tuple(operators))
+    return Measured(np.exp(found.log), error, found.skew, tuple(operators))
 
 
 def choose_multiple(

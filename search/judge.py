@@ -58,7 +58,12 @@ def time_untrained(model: nn.Module, bench: Bench, folder: Path, clock: Callable
 
 def _compare(artifact: Artifact, bench: Bench) -> Comparison:
     return compare(
-        bench.device, artifact, bench.baseline, target=bench.latency_target, limit_s=bench.latency_limit_s
+        bench.device,
+        artifact,
+        bench.baseline,
+        target=bench.latency_target,
+        limit_s=bench.latency_limit_s,
+        skew=bench.profile.skew,
     )
 
 

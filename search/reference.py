@@ -21,11 +21,11 @@ from profiles.artifact import export_artifact, open_artifact
 from profiles.cache import Cache
 from profiles.device import Device
 from profiles.lock import host_lock
-from profiles.measure import compare
 
 from .bench import Shop
 from .model_files import check_parity
 from .open_task import open_task
+from .remeasure import against_unpruned
 from .result import TrialResult, brief
 from .sections import ModelSection, ReferenceSection
 from .storage import SearchError
@@ -215,7 +215,7 @@ def _digest(model: ModelSection | str | None) -> Any:
 
 
 def _measure(shop: Shop, name: str, task: Task, device: Device) -> Reference:
-    model, section = task.load_model(), shop.study.measure
+    model = task.load_model()
     is_narrow = device.precision != "fp32"
     # Only its numbers are wanted. A folder of this process: the lock above is for one machine's workers.
     with tempfile.TemporaryDirectory(dir=shop.workspace.device(device.name), prefix="reference-") as folder:
@@ -227,9 +227,7 @@ def _measure(shop: Shop, name: str, task: Task, device: Device) -> Reference:
         with host_lock("evaluation"):  # as a trial is judged: what ships is what is right or wrong
             predict = open_artifact(artifact, device.threads) if is_narrow else task.predictor(model)
             accuracy = task.evaluate(predict)
-        comparison = compare(
-            device, artifact, shop.baseline(device), target=section.target, limit_s=section.limit_s
-        )
+        comparison = against_unpruned(shop, artifact, device)
     return Reference(
         name,
         accuracy=accuracy,

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from profiles.artifact import Artifact
+from profiles.device import Device
 from profiles.measure import compare
+from profiles.quiet import UNKNOWN_SKEW
 from profiles.runner.files import model_digest
+from profiles.timing import Comparison
 
 from .bench import Shop
 from .exported import read_metrics
@@ -58,6 +61,22 @@ class Remeasured:
         }
 
 
+def against_unpruned(shop: Shop, artifact: Artifact, device: Device) -> Comparison:
+    """Measure an artifact in turns with the study's unpruned model, as the study file says.
+
+    Raises: as `profiles.measure.compare`.
+    """
+    section, profile = shop.study.measure, shop.cached_profile(device, device.fingerprint)
+    return compare(
+        device,
+        artifact,
+        shop.baseline(device),
+        target=section.target,
+        limit_s=section.limit_s,
+        skew=profile.skew if profile else UNKNOWN_SKEW,
+    )
+
+
 def remeasure(
     study: StudyFile, device: str, folder: Path, *, notice: Callable[[str], None] = print
 ) -> Remeasured:
@@ -85,8 +104,7 @@ def remeasure(
             f"{metrics['model_key'][:12]}, that model's {shop.task.model_key[:12]}), so the study's unpruned "
             "model says nothing of its latency"
         )
-    section = study.measure
-    done = compare(target, artifact, shop.baseline(target), target=section.target, limit_s=section.limit_s)
+    done = against_unpruned(shop, artifact, target)
     unpruned_ms, recorded = metrics["baseline"]["latency_ms"], metrics["latency_ci_ms"]
     low, high = done.ratio_ci
     result = Remeasured(

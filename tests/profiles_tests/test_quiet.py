@@ -9,7 +9,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from profiles.quiet import FLOOR, MIN_ROUNDS, QuietRatio, disturbance, quiet_ms, quiet_ratio, turns_log
+from profiles.quiet import (
+    FLOOR,
+    LEAST_SKEW_ERROR,
+    MIN_ROUNDS,
+    UNKNOWN_SKEW,
+    QuietRatio,
+    disturbance,
+    quiet_ms,
+    quiet_ratio,
+    quiet_shares,
+    turns_log,
+)
 
 Floats = NDArray[np.float64]
 Round = tuple[Floats, Floats]
@@ -87,6 +98,36 @@ def test_models_unlike_are_not_known_better_than_a_neighbour_allows() -> None:
     rng = np.random.default_rng(0)
     found = [quiet_ratio([neighbour(rng, math.log(0.3), 1.18) for _ in range(40)]) for _ in range(10)]
     assert all(abs(one.log - math.log(0.3)) <= one.half_width for one in found)
+
+
+def test_a_skew_is_learnt_from_models_beside_a_baseline_and_tells_a_further_one() -> None:
+    """Models suffer the more the smaller they are."""
+    rng = np.random.default_rng(0)
+
+    def beside(log: float, busy: float) -> Round:
+        slowness = np.repeat(np.where(rng.random(10) < busy, rng.uniform(1.3, 1.5, 10), 1.0), 10)
+        both = slowness.reshape(10, 2, 5) ** np.array([[1 - 0.3 * log], [1.0]])
+        candidate, baseline = sampled(rng, both.ravel())
+        return candidate * math.exp(log - TRUTH), baseline
+
+    logs = [-0.2, -0.4, -0.7, -0.9, -1.2, -1.5, -1.0, -0.5]
+    found = quiet_shares([[beside(log, 0.75) for log in logs] for _ in range(4)])
+    assert found.skew.slope == pytest.approx(0.3, abs=0.1)
+    assert found.skew.error < UNKNOWN_SKEW.error / 2
+    truth = math.log(0.4)
+    rounds = [[beside(truth, 0.85) for _ in range(6)] for _ in range(30)]
+    known, unknown = ([quiet_ratio(some, skew) for some in rounds] for skew in (found.skew, UNKNOWN_SKEW))
+    assert np.mean([one.half_width for one in known]) < np.mean([one.half_width for one in unknown])
+    assert sum(abs(one.log - truth) > one.half_width for one in known) <= 2
+
+
+def test_what_says_nothing_of_a_skew_leaves_it() -> None:
+    turns, quiet = np.array([-0.5, -0.7, -0.9, -1.1]), np.array([-0.6, -0.8, -1.0, -1.2])
+    assert UNKNOWN_SKEW.updated(turns, quiet, np.zeros(4)) == UNKNOWN_SKEW  # nothing disturbs
+    assert UNKNOWN_SKEW.updated(np.zeros(4), quiet, np.full(4, 0.3)) == UNKNOWN_SKEW  # copies of the baseline
+    assert UNKNOWN_SKEW.updated(turns[:3], quiet[:3], np.full(3, 0.3)) == UNKNOWN_SKEW  # too few
+    exact = UNKNOWN_SKEW.updated(turns, turns * (1 + 0.5 * 0.3), np.full(4, 0.3))
+    assert (exact.slope, exact.error) == (pytest.approx(0.5), LEAST_SKEW_ERROR)
 
 
 def test_quiet_moments_that_contradict_the_turns_win() -> None:
