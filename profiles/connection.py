@@ -53,7 +53,8 @@ class Connection:
         self._errors: deque[str] = deque(maxlen=20)
         self._turn = threading.Lock()
         self._next_id = 0
-        self._alone = 0
+        self._holding = threading.RLock()
+        self._held = 0
         command = [sys.executable, "-u", "-m", "profiles.runner"]
         if device.host:
             command = ssh_command(device.host)
@@ -197,20 +198,23 @@ class Connection:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Have a remote device to oneself: nobody of ours works or measures there meanwhile. Reentrant.
+        """Have a remote device to oneself: nobody of ours works or measures there meanwhile.
+
+        Reentrant; threads take turns.
 
         Raises: as `ask`.
         """
-        if self._alone == 0:
-            self.ask({"do": "take", "announce_s": TAKE_TIMEOUT_S / 6}, timeout_s=TAKE_TIMEOUT_S)
-        self._alone += 1
-        try:
-            yield
-        finally:
-            self._alone -= 1
-            if self._alone == 0 and self.is_open:
-                with contextlib.suppress(DeviceError):  # A runner that is gone holds nothing.
-                    self.ask({"do": "free"}, timeout_s=TAKE_TIMEOUT_S)
+        with self._holding:
+            if self._held == 0:
+                self.ask({"do": "take", "announce_s": TAKE_TIMEOUT_S / 6}, timeout_s=TAKE_TIMEOUT_S)
+            self._held += 1
+            try:
+                yield
+            finally:
+                self._held -= 1
+                if self._held == 0 and self.is_open:
+                    with contextlib.suppress(DeviceError):  # A runner that is gone holds nothing.
+                        self.ask({"do": "free"}, timeout_s=TAKE_TIMEOUT_S)
 
     @property
     def is_open(self) -> bool:

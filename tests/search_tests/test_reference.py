@@ -12,6 +12,7 @@ import yaml
 
 import profiles.lock
 import search.reference
+import search.remeasure
 from objectives.classification import ClassificationTask
 from profiles.artifact import Artifact
 from profiles.connection import DeviceError
@@ -128,7 +129,7 @@ def test_a_reference_is_judged_by_what_runs_on_the_device(
 
     monkeypatch.setattr(ClassificationTask, "evaluate", heard)
     monkeypatch.setattr(search.reference, "open_artifact", always_the_last)
-    monkeypatch.setattr(search.reference, "compare", compare)
+    monkeypatch.setattr(search.remeasure, "compare", compare)
     tasks = open_references(study)
     measure_references(study, make_shop(study), tasks, ["narrow", "plain"])
     (narrow,) = known_references(study, Workspace(study.folder), "narrow", "print")

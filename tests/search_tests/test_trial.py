@@ -24,6 +24,7 @@ from profiles.artifact import Artifact, LayerSpec, export_artifact, open_artifac
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
 from profiles.latency_profile import LatencyProfile, LayerProfile
+from profiles.quiet import Skew
 from profiles.refill import refill
 from profiles.timing import Comparison, Timing
 from search.bench import Shop
@@ -451,7 +452,10 @@ def test_a_file_of_another_structure_is_measured_itself(
 ) -> None:
     measured: list[str] = []
 
-    def compared(device: Device, candidate: Artifact, baseline: Artifact, **_: Any) -> Comparison:
+    skew = Skew(0.3, 0.1)
+
+    def compared(device: Device, candidate: Artifact, baseline: Artifact, **settings: Any) -> Comparison:
+        assert settings["skew"] == skew  # as the profile found it
         measured.append(candidate.digest)
         return counted_comparison(device, candidate, baseline)
 
@@ -459,6 +463,7 @@ def test_a_file_of_another_structure_is_measured_itself(
     # Not the files' own digests: where re-estimating batch norm helps nothing, the weights stay as they were.
     monkeypatch.setattr(search.judge, "structure_digest", lambda artifact: f"seen after {len(measured)}")
     still = replace(bench, recovery=replace(bench.recovery, epochs=0), baseline_ms=1.0, baseline_p90_ms=1.0)
+    still = replace(still, profile=replace(bench.profile, skew=skew))
     result = run_trial(1, PARAMS, still, tmp_path / "trial", Listener())
     assert len(measured) == 2
     assert measured[-1] == result.artifact_digest
