@@ -44,7 +44,7 @@ class _Observed:
     terms: Floats  # (V, L, T)
     layer_ms: Floats  # (V, L)
     other_ms: Floats  # (V, K)
-    maps: Floats  # (V, S): constant, then activations of the whole network, rounded or rough
+    maps: Floats  # (V, 1 + S): constant, then sizes of activations
     model_ms: Floats  # (V,)
 
     def without(self, variant: int) -> _Observed:
@@ -59,8 +59,7 @@ class _Network:
     classes: tuple[tuple[int, ...], ...]  # layers of one shape, by position
     allowed: NDArray[np.bool_]  # (L, T)
     rule: Floats  # (L, T): the bilinear rule, rows of sum 1
-    map_share: Floats  # (L,): a layer's share of the network's activations
-    map_terms: tuple[int, ...]  # the terms that `maps` sums up over layers
+    activations: Floats  # (S, L, T): weights of the terms that say how large some activations are
 
 
 def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> LatencyModel:
@@ -101,17 +100,36 @@ def _network(layers: Sequence[LayerProfile]) -> _Network:
     shapes: dict[tuple[object, ...], list[int]] = {}
     allowed = np.ones((len(layers), len(names)), dtype=bool)
     rule = np.zeros((len(layers), len(names)))
-    maps = np.zeros(len(layers))
     for i, layer in enumerate(layers):
         depthwise = layer.groups > 1 and layer.groups == layer.in_channels
         shapes.setdefault((layer.op, layer.kernel, layer.stride, depthwise), []).append(i)
         rule[i, names.index("out/1" if depthwise else "pair/1")] = 1.0
         if depthwise:  # Its two widths are one: the output's terms say it all.
             allowed[i] = [name.startswith(("constant", "out", "rough_map")) for name in names]
-        maps[i] = layer.out_channels * np.prod(layer.output_hw or (1,))
-    map_terms = tuple(t for t, name in enumerate(names) if name.startswith(("out/", "rough_map/")))
     classes = tuple(tuple(found) for found in shapes.values())
-    return _Network(classes, allowed, rule, maps / maps.sum(), map_terms)
+    return _Network(classes, allowed, rule, _activations(layers))
+
+
+def _activations(layers: Sequence[LayerProfile]) -> Floats:
+    """Sizes of activations, as weights `(S, L, T)` of terms; each is 1 for the unpruned network.
+
+    Of each resolution by itself: a pooling or a concatenation works at one, so its time says nothing of
+    layers elsewhere. And of the whole network, for runtimes that store channels in blocks.
+    """
+    names = term_names(STEPS)
+    areas = np.array([np.prod(layer.output_hw or (1,)) for layer in layers])
+    sizes = areas * [float(layer.out_channels) for layer in layers]
+    found = []
+    for area in np.unique(areas):
+        weights = np.zeros((len(layers), len(names)))
+        weights[:, names.index("out/1")] = np.where(areas == area, sizes, 0.0)
+        found.append(weights / weights.sum())
+    for name in names:
+        if name.startswith(("out/", "rough_map/")) and name != "out/1":
+            weights = np.zeros((len(layers), len(names)))
+            weights[:, names.index(name)] = sizes / sizes.sum()
+            found.append(weights)
+    return np.array(found)
 
 
 def _observed(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> _Observed:
@@ -122,7 +140,7 @@ def _observed(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant
     found = terms(ins, outs, base_in, base_out, STEPS)
     kinds = sorted({kind for m in measured for kind in m.other})
     network = _network(layers)
-    maps = np.einsum("vlt,l->vt", found[:, :, network.map_terms], network.map_share)
+    maps = np.einsum("vlt,slt->vs", found, network.activations)
     return _Observed(
         terms=found,
         layer_ms=np.array([m.layer_ms for m in measured]),
@@ -176,7 +194,7 @@ def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Float
             np.sqrt(_OTHER_FIRMNESS) / whole,
         )
         constant_ms += float(found[0])
-        result[:, network.map_terms] += network.map_share[:, None] * found[1:]
+        result += np.einsum("s,slt->lt", found[1:], network.activations)
     predicted = constant_ms + np.einsum("vlt,lt->v", observed.terms, result)
     factor, offset_ms = _in_line(predicted, observed.model_ms, weight)
     return result * factor, constant_ms * factor + offset_ms

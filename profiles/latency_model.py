@@ -11,7 +11,7 @@ widths that are no multiple of m (`rough`). Kinds:
   t / N, whatever feeds it.
 - `bilinear`: `t x y`, or `t y` for a depthwise layer; a removed channel also narrows the layers that read it.
 - `fitted`: all terms, found by `latency_fit` from measured variants of the network. What operators that are
-  no layer cost goes with the layers whose output they work on.
+  no layer cost goes with the activations of the resolutions they work at.
 """
 
 from __future__ import annotations

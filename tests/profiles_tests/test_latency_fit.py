@@ -47,6 +47,7 @@ class FakeDevice:
     align: int = 1
     penalty: float = 0.0
     overhead_ms: float = 0.005
+    pool_ms: float = 0.0  # of the deepest activations
 
     def layer_ms(self, ins: int, outs: int, kernel: int, pixels: int, depthwise: bool) -> float:
         up_in, up_out = -(-ins // self.step) * self.step, -(-outs // self.step) * self.step
@@ -58,7 +59,14 @@ class FakeDevice:
     def other_ms(self, outs: Sequence[int], pixels: Sequence[int]) -> dict[str, float]:
         maps = [n * p for n, p in zip(outs, pixels, strict=True)]
         rough = [m for m, n in zip(maps, outs, strict=True) if n % self.align]
-        return {"other/act": 4e-7 * sum(maps), "other/softmax": 0.3, "other/reorder": 8e-7 * sum(rough)}
+        deepest = [n for n, p in zip(outs, pixels, strict=True) if p == min(pixels)]
+        whole = sum(channels or 128 for channels, *_, p in CHAIN if p == min(pixels))
+        return {
+            "other/act": 4e-7 * sum(maps),
+            "other/softmax": 0.3,
+            "other/reorder": 8e-7 * sum(rough),
+            "other/pool": self.pool_ms * sum(deepest) / whole,
+        }
 
 
 def widths(variant: Variant) -> tuple[list[int], list[int]]:
@@ -146,6 +154,7 @@ DEVICES = {
     "steps of 16, inputs off 4 are slow": FakeDevice(16, 4, 0.5),
     "steps of 8, inputs off 8 are slow": FakeDevice(8, 8, 0.3),
     "overhead rules": FakeDevice(16, 4, 0.3, overhead_ms=0.1),
+    "deep pooling is slow": FakeDevice(8, 8, 0.3, pool_ms=0.5),
 }
 
 
