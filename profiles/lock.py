@@ -50,9 +50,8 @@ def _lock(alone: bool) -> Iterator[None]:
         from filelock import ReadWriteLock
 
         lock = ReadWriteLock(lock_folder() / "host.rw", is_singleton=False)
-        with lock.write_lock() if alone else lock.read_lock():
+        with contextlib.closing(lock), lock.write_lock() if alone else lock.read_lock():
             yield
-        lock.close()
         return
     machine = MachineLock()
     machine.take(alone)

@@ -60,7 +60,7 @@ class Skew:
     positive where a small model suffers more than a large one.
 
     Attributes:
-        slope: as it is, of a runtime and a network. Seen were 0.2 to 0.3 with YOLOv8n in ONNX Runtime and
+        slope: differs between runtimes and networks. Seen were 0.2 to 0.3 with YOLOv8n in ONNX Runtime and
             PyTorch, none in ncnn, 0.5 with ResNet-56 in ncnn, whose pruned versions fit a cache.
         error: its standard error.
     """
@@ -68,9 +68,9 @@ class Skew:
     slope: float = 0.2
     error: float = 0.4
 
-    def undisturbed(self, log: float, disturbance: float) -> tuple[float, float]:
+    def undisturbed(self, log: float, disturbed: float) -> tuple[float, float]:
         """The undisturbed log ratio from a disturbed one, and its error for want of a better slope."""
-        return log * (1 + self.slope * disturbance), abs(log) * self.error * disturbance
+        return log * (1 + self.slope * disturbed), abs(log) * self.error * disturbed
 
     def updated(self, turns: Floats, quiet: Floats, disturbances: Floats) -> Skew:
         """With what several models say, `(n,)` each: log ratios by turns, by quiet moments, and how much was
