@@ -95,7 +95,9 @@ def load(spinning: bool) -> Iterator[None]:
     if not spinning:
         yield
         return
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    # Until this process is gone, however it ends.
+    spin = "import os\nparent = os.getppid()\nwhile os.getppid() == parent: pass"
+    process = subprocess.Popen([sys.executable, "-c", spin])
     try:
         yield
     finally:
