@@ -77,7 +77,8 @@ def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[Measure
     wrong = [len(m.layer_ms) for m in measured if len(m.layer_ms) != len(layers)]
     if wrong:
         raise ValueError(f"every variant must have the model's {len(layers)} layers, got one of {wrong[0]}")
-    network, observed = _network(layers), _observed(layers, measured)
+    network = _network(layers)
+    observed = _observed(network, layers, measured)
     measured_ms = observed.model_ms[1:]
     unseen = {firmness: _left_out(network, observed, firmness) for firmness in FIRMNESS}
     errors = {firmness: predicted / measured_ms - 1 for firmness, predicted in unseen.items()}
@@ -132,14 +133,15 @@ def _activations(layers: Sequence[LayerProfile]) -> Floats:
     return np.array(found)
 
 
-def _observed(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> _Observed:
+def _observed(
+    network: _Network, layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]
+) -> _Observed:
     base_in = np.array([layer.in_channels for layer in layers], dtype=float)
     base_out = np.array([layer.out_channels for layer in layers], dtype=float)
     ins = np.array([m.in_channels for m in measured], dtype=float)
     outs = np.array([m.out_channels for m in measured], dtype=float)
     found = terms(ins, outs, base_in, base_out, STEPS)
     kinds = sorted({kind for m in measured for kind in m.other})
-    network = _network(layers)
     maps = np.einsum("vlt,slt->vs", found, network.activations)
     return _Observed(
         terms=found,

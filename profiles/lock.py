@@ -1,7 +1,6 @@
-"""The host's lock: while one process measures, no other process of ours works on the same machine.
+"""The host's lock, `runner.host`, as a program on the host holds it: by purpose, and reentrant.
 
-Any number may work (train, evaluate) at a time; a measurement is alone. Held by the operating system, so a
-process that dies gives it up. Knows nothing of what is done under it.
+Knows nothing of what is done under it.
 """
 
 from __future__ import annotations
