@@ -7,18 +7,22 @@ to the same measured latency: the ratio is moved until the exported model, measu
 one, takes 65%, 45% and 30% of its time. Then all are trained back alike, with several seeds. What is compared
 is the mean accuracy, beside the spread between seeds.
 
-Ways: every criterion with `rank` (beta 0), `uniform` and `knapsack`; `taylor` with `rank` at beta 0.5 and
-with `complexity` over parameters, MACs and memory (random filters); and ours, `taylor` with `sensitivity` at
-beta 0.25 and 1, of which the better one counts. `core` is ours and the three it has to beat; `steps` is
-`taylor` and `taylor_rise`, ranked and by loss curves, at once and in four steps with scores taken anew.
+Ways: every criterion with `rank` (beta 0), `uniform`, `knapsack` and `sensitivity` (beta 0.25); `taylor` with
+`rank` at beta 0.5; `complexity` over parameters, MACs and memory (random filters); and ours, `taylor` with
+`sensitivity` at beta 0.25 and 1, of which the better one counts. `core` is ours and the three it has to beat;
+`steps` is `taylor` and `taylor_rise`, ranked and by loss curves, at once and in four steps with scores taken
+anew.
 
 Targets: ours is first at every point, by more than the spread between seeds, against `taylor` with `rank` at
 beta 0, `taylor` with `knapsack`, and `l1` with `uniform`.
 
 Data: `yolov8n-bccd.pt` and `bccd` in the folder PARETOPRUNE_DATA (by default ../shared/data).
 
-Duration: loss curves 10 to 20 minutes, then 2 to 3 minutes for each way and point with three seeds; `core` 40
-minutes, all ways hours. `--keep FILE` keeps what is done and goes on from there.
+Duration: loss curves 10 to 20 minutes for each criterion, then 2 to 3 minutes for each way and point with
+three seeds; `core` 40 minutes, all ways hours. `--keep FILE` keeps what is done and goes on from there. Parts
+can run apart (`--only`), each with a `--keep` of its own in one folder, also side by side on cores of their
+own (`taskset`, and a `TMPDIR` each, or they wait for each other's measurements); `--read a.json,b.json` makes
+one table of them.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +117,7 @@ ALL = tuple(
             Way("taylor", "rank", 0.5),
             Way("taylor", "rank", 0.5, "marginal"),
             *(Way("random", "complexity", 0.0, cost) for cost in ("params", "macs", "memory")),
+            *(Way(c, "sensitivity", OURS[0].beta, "marginal") for c in CRITERIA),
         )
     )
 )
@@ -204,10 +210,12 @@ def missed_targets(rows: Sequence[Row]) -> list[str]:
     missed = []
     for point in sorted({row.point for row in rows}, reverse=True):
         found = [by[way.name, point] for way in OURS if (way.name, point) in by]
-        ours = max(found, key=lambda row: row.mean, default=None)
-        for other in (by.get((way.name, point)) for way in BEATEN):
-            if ours is None or other is None:
-                continue
+        others = [by[way.name, point] for way in BEATEN if (way.name, point) in by]
+        if len(found) < len(OURS) or len(others) < len(BEATEN):
+            missed.append(f"at {point:.0%}: nothing shown without all ways of `core`")
+            continue
+        ours = max(found, key=lambda row: row.mean)
+        for other in others:
             margin, spread = ours.mean - other.mean, max(ours.spread, other.spread)
             if margin <= spread:
                 missed.append(
@@ -231,9 +239,30 @@ def table_text(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def read_rows(file: Path) -> list[Row]:
+    """The rows that `--keep` left in a file."""
+    rows = []
+    for entry in json.loads(file.read_text(encoding="utf-8")):
+        entry |= {"latency_ci": tuple(entry["latency_ci"]), "after": tuple(entry["after"])}
+        rows.append(Row(**entry))
+    return rows
+
+
+def report(rows: Sequence[Row], args: argparse.Namespace) -> int:
+    """Print the table; 1 with `--check` where a target is missed."""
+    missed = missed_targets(rows)
+    if args.json:
+        print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}, indent=1))
+    else:
+        print(table_text(rows))
+        print("\n" + ("\n".join(f"missed: {text}" for text in missed) or "all targets met"))
+    return 1 if args.check and missed else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ways", choices=tuple(SETS), default="all")
+    parser.add_argument("--only", default="*", help="ways whose names, as in the table, match this pattern")
     parser.add_argument("--points", default=",".join(f"{p:g}" for p in POINTS), help="shares of the latency")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=2)
@@ -243,65 +272,63 @@ def main() -> int:
         "--curve-images", type=int, default=64, help="images that loss curves are measured on"
     )
     parser.add_argument("--keep", type=Path, help="JSON file of finished rows, read and written")
+    parser.add_argument("--read", help="files that --keep left, separated by commas; nothing is run")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--check", action="store_true", help="exit 1 where a target is missed")
     args = parser.parse_args()
+    if args.read:
+        return report([row for name in args.read.split(",") for row in read_rows(Path(name))], args)
     data = Path(os.environ.get("PARETOPRUNE_DATA", ROOT.parent / "shared" / "data")).resolve()
     if not (data / "yolov8n-bccd.pt").is_file():
         parser.error(f"no yolov8n-bccd.pt in {data}; set PARETOPRUNE_DATA")
-    ways = SETS[args.ways]
-    criteria = ", ".join(dict.fromkeys(way.criterion for way in ways))
-    rows: list[Row] = []
-    if args.keep and args.keep.exists():
-        for entry in json.loads(args.keep.read_text(encoding="utf-8")):
-            entry |= {"latency_ci": tuple(entry["latency_ci"]), "after": tuple(entry["after"])}
-            rows.append(Row(**entry))
+    ways = [way for way in SETS[args.ways] if fnmatch(way.name, args.only)]
+    if not ways:
+        known = "; ".join(way.name for way in SETS[args.ways])
+        parser.error(f"--only must match one of the ways {known}; got {args.only}")
+    criteria = tuple(dict.fromkeys(way.criterion for way in ways))
+    rows = read_rows(args.keep) if args.keep and args.keep.exists() else []
     with tempfile.TemporaryDirectory() as work:
         # Scores and curves are worth keeping beside the rows.
         folder = args.keep.resolve().parent if args.keep else Path(work)
         text = STUDY.format(
             data=data,
             threads=args.threads,
-            criteria=criteria,
+            criteria=", ".join(criteria),
             epochs=args.epochs,
             curve_images=args.curve_images,
         )
-        (folder / "criteria.yaml").write_text(text, encoding="utf-8")
-        study = load_study_file(folder / "criteria.yaml")
+        file = folder / f"{args.keep.stem if args.keep else 'criteria'}.yaml"
+        file.write_text(text, encoding="utf-8")
+        study = load_study_file(file)
         shop = Shop(study, Workspace(study.folder), notice=note)
         device = study.devices[0].device()
         profile = shop.profile(device)
         done = {(row.way, row.point) for row in rows}
         points = [float(point) for point in args.points.split(",")]
         left = [(way, point) for point in points for way in ways if (way.name, point) not in done]
-        curved = dict.fromkeys(way.criterion for way, _ in left if way.allocation == "sensitivity")
         bench = Bench(
             task=shop.task,
             device=device,
             fingerprint=device.fingerprint,
             groups=shop.groups,
-            scores={way.criterion: shop.scores(way.criterion) for way in ways},
+            scores={criterion: shop.scores(criterion) for criterion in criteria},
             profile=profile,
             baseline=shop.baseline(device),
             recovery=shop.recovery,
             min_channels=study.search.min_channels,
             latency_target=study.measure.target,
             latency_limit_s=args.limit_s,
-            curves={criterion: shop.curves(criterion, profile) for criterion in curved},
             rescore=shop.rescore,
         )
         for way, point in left:
+            if way.allocation == "sensitivity" and way.criterion not in bench.curves:
+                curves = {way.criterion: shop.curves(way.criterion, profile)}
+                bench = replace(bench, curves={**bench.curves, **curves})
             rows.append(run_way(way, point, args.seeds, bench, Path(work)))
             note(str(rows[-1]))
             if args.keep:
                 args.keep.write_text(json.dumps([asdict(row) for row in rows], indent=1))
-    missed = missed_targets(rows)
-    if args.json:
-        print(json.dumps({"rows": [asdict(row) for row in rows], "missed": missed}, indent=1))
-    else:
-        print(table_text(rows))
-        print("\n" + ("\n".join(f"missed: {text}" for text in missed) or "all targets met"))
-    return 1 if args.check and missed else 0
+    return report(rows, args)
 
 
 def note(text: str) -> None:
