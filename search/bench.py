@@ -12,6 +12,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -122,6 +123,10 @@ class Shop:
         """The task on the device where scores and loss curves are computed."""
         return placed_on(self.task, self._computer("calibration.device", self.study.calibration.device))
 
+    def _alone(self, what: str) -> AbstractContextManager[None]:
+        """For what workers in one folder share: the first makes it, the others wait and find it."""
+        return self.workspace.alone(what, lambda: self.notice(f"{what}: waiting for another process's"))
+
     def _task_for(self, criterion: str) -> Task:
         """Where nothing runs the model it stays on the CPU."""
         return self._placed if criterion in WITH_IMAGES else self.task
@@ -141,7 +146,8 @@ class Shop:
             )
 
         data_key = scores_data_key(criterion, self.task, **self._calibration)
-        return self._cached_scores(criterion, data_key, compute, refresh=refresh, notice=self.notice)
+        with self._alone(f"scores-{criterion}"):
+            return self._cached_scores(criterion, data_key, compute, refresh=refresh, notice=self.notice)
 
     def rescore(self, criterion: str, plan: PruningPlan) -> ChannelScores:
         """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
@@ -240,6 +246,13 @@ class Shop:
         Args:
             profile: of any device; only the layers' shapes are read.
         """
+        scores = self.scores(criterion)
+        with self._alone(f"curves-{criterion}"):
+            return self._curves(criterion, scores, profile, refresh)
+
+    def _curves(
+        self, criterion: str, scores: ChannelScores, profile: LatencyProfile, refresh: bool
+    ) -> LossCurves:
         section = self.study.calibration
         images = section.curve_images or section.images
         batch = min(section.batch, images)
@@ -247,7 +260,7 @@ class Shop:
             "criterion": criterion,
             "model_key": self.task.model_key,
             "data_key": scores_data_key("taylor", self.task, images=images, batch=batch, loss="task"),
-            "order": self.scores(criterion).data_key,
+            "order": scores.data_key,
             "groups": [group.name for group in self.groups.groups],
             "min_channels": self.study.search.min_channels,
         }
@@ -270,7 +283,7 @@ class Shop:
             return measure_curves(
                 self._placed,
                 self.groups,
-                group_scores(self.scores(criterion).layers, self.groups),
+                group_scores(scores.layers, self.groups),
                 WidthCost.of("macs", self.groups, profile),
                 criterion=criterion,
                 images=images,
@@ -286,6 +299,10 @@ class Shop:
         """The unpruned model exported for a device; exported once, so that every trial is measured against
         one file.
         """
+        with self._alone(f"unpruned-{device.name}"):
+            return self._baseline(device)
+
+    def _baseline(self, device: Device) -> Artifact:
         folder = self.workspace.device(device.name) / "baseline"
         record = folder / "artifact.json"
         key = {
@@ -316,6 +333,10 @@ class Shop:
         """The device's cached latency profile, measured where it is missing or was measured on another
         machine.
         """
+        with self._alone(f"profile-{device.name}"):
+            return self._profile(device, refresh)
+
+    def _profile(self, device: Device, refresh: bool) -> LatencyProfile:
         if not refresh:
             cached = self.cached_profile(device, device.fingerprint)
             if cached is not None:
@@ -360,16 +381,17 @@ class Shop:
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:
         """A randomly pruned version of the model, untrained: latency does not depend on the weights."""
+        baseline = self.baseline(device)
         if variant.ratio == 0.0:
-            return self.baseline(device)
-        work = {spec.layer: float(spec.macs) for spec in self.baseline(device).layers}
+            return baseline
+        work = {spec.layer: float(spec.macs) for spec in baseline.layers}
         minimum = self.study.search.min_channels
         plan = variant_plan(variant, self.task.model_key, self.groups, work, minimum)
         model = prune(self.task.load_model(), plan, self.task.settle)
         # The seed is the variant's alone, but for the multiple.
         name = f"{variant.seed}-{variant.round_to}"
         with host_lock("export"):
-            whole = Exported(self.baseline(device), self.baseline_weights)
+            whole = Exported(baseline, self.baseline_weights)
             return export_like(whole, model, self.task, device, folder / name)[0].artifact
 
     def bench(self, device: Device) -> Bench:

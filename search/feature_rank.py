@@ -75,7 +75,8 @@ def _ranks(map_: Tensor) -> Tensor:
     import torch
 
     if map_.ndim == 4 and min(map_.shape[2:]) > 1:
-        ranks: Tensor = torch.linalg.matrix_rank(map_.float())
+        # A GPU takes matrices of this size one after the other: minutes for 64 images.
+        ranks: Tensor = torch.linalg.matrix_rank(map_.float().cpu())
         return ranks
     if map_.ndim == 4:
         return (map_ != 0).flatten(2).any(2)

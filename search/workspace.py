@@ -1,7 +1,7 @@
 """Where a study keeps its files. Knows the layout of the output folder and nothing of what is in the files.
 
 runs/<name>/
-    cache/                     scores and profiles, computed once
+    cache/                     scores and profiles, computed once; locks/ of what is being made
     devices/<device>/baseline/ the unpruned model's artifact, the one every candidate is measured against
     devices/<device>/trial-0007/  plan.json, result.json, model.safetensors, the exported model
     optuna.db  mlflow.db  artifacts/   the default stores
@@ -9,12 +9,15 @@ runs/<name>/
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from .result import TrialResult
 
@@ -46,6 +49,30 @@ class Workspace:
     @property
     def default_tracking_uri(self) -> str:
         return f"sqlite:///{self.folder / 'mlflow.db'}"
+
+    @contextlib.contextmanager
+    def alone(self, what: str, on_wait: Callable[[], object]) -> Iterator[None]:
+        """Hold the lock of one thing that is made once in this folder: several processes may work in it.
+
+        Not reentrant. To be taken before the host's lock (`profiles.lock`), never under it: two processes
+        would wait for each other.
+
+        Args:
+            what: names the thing, letters, digits, '.', '_' and '-'.
+            on_wait: called where another process holds it, before waiting.
+        """
+        locks = self.cache / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(locks / f"{what}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            on_wait()
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def device(self, device: str) -> Path:
         return self.folder / "devices" / device

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import json
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -553,6 +555,36 @@ def test_a_profile_is_measured_once_and_again_on_another_machine(
     told.clear()
     fresh.profile(device)
     assert told == ["profile: measuring every layer on ort (another)"]
+
+
+def test_what_two_workers_need_at_once_the_first_makes_and_the_second_finds(
+    shop: Shop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, begun, waits = shop.study.device("ort").device(), threading.Event(), threading.Event()
+    made: list[Device] = []
+
+    def slow_profile(*arguments: Any, **options: Any) -> LatencyProfile:
+        made.append(arguments[0])
+        begun.set()
+        assert waits.wait(60)
+        return counted_profile(*arguments, **options)
+
+    def second_says(text: str) -> None:
+        told.append(text)
+        waits.set()
+
+    told: list[str] = []
+    monkeypatch.setattr(search.bench, "build_profile", slow_profile)
+    monkeypatch.setattr(Device, "fingerprint", "print")
+    first = Shop(shop.study, Workspace(tmp_path), notice=lambda text: None)
+    second = Shop(shop.study, Workspace(tmp_path), notice=second_says)
+    with ThreadPoolExecutor(2) as workers:
+        one = workers.submit(first.profile, device)
+        assert begun.wait(60)
+        other = workers.submit(second.profile, device)
+        assert other.result(120) == one.result(120)
+    assert len(made) == 1
+    assert told == ["profile-ort: waiting for another process's", "profile: ort found in the cache"]
 
 
 def test_curves_are_measured_on_as_many_images_as_the_study_says(
