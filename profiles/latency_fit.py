@@ -8,6 +8,10 @@ these near the bilinear rule. How firmly is chosen by leaving out one variant at
 model's `error`. Coefficients are never negative: no wider layer may come out faster, steps apart. Last, the
 whole prediction is brought in line with the whole latencies by a factor and an offset: layers add up their
 errors, and a small network is faster than its layers say (its weights stay in a cache).
+
+Operators that are no layer are told from the activations that layers leave: of a kind with many of them, from
+all activations of each resolution; of one that works on few (the pooling behind one layer), from the outputs
+of those layers, which the variants show. The latter where it says clearly more of a variant left out.
 """
 
 from __future__ import annotations
@@ -32,6 +36,11 @@ FIRMNESS = (0.03, 0.1, 0.3, 1.0, 3.0)
 _POOL_FIRMNESS = 0.03
 #: Operators that are no layer follow few numbers, seen once per variant and kind.
 _OTHER_FIRMNESS = 0.02
+#: Most layers whose outputs one kind of them is told from, and what share of the squared error each further
+#: one has to take away: among dozens some layer always explains a little.
+_MOST_OUTPUTS, _WORTH = 3, 0.5
+#: How much smaller the squared error of variants left out must be for that.
+_CLEARLY = 0.7
 _BASELINE_WEIGHT = 4.0
 #: How firmly the factor and the offset (as a share of the unpruned latency) are held at 1 and 0.
 _FACTOR_FIRMNESS, _OFFSET_FIRMNESS = 0.1, 1.0
@@ -45,6 +54,7 @@ class _Observed:
     layer_ms: Floats  # (V, L)
     other_ms: Floats  # (V, K)
     maps: Floats  # (V, 1 + S): constant, then sizes of activations
+    outputs: Floats  # (V, 1 + L): constant, then widths of the layers' outputs; unpruned 1
     model_ms: Floats  # (V,)
 
     def without(self, variant: int) -> _Observed:
@@ -60,6 +70,7 @@ class _Network:
     allowed: NDArray[np.bool_]  # (L, T)
     rule: Floats  # (L, T): the bilinear rule, rows of sum 1
     activations: Floats  # (S, L, T): weights of the terms that say how large some activations are
+    output: int  # the term that is a layer's output, unpruned 1
 
 
 def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[MeasuredVariant]) -> LatencyModel:
@@ -80,10 +91,10 @@ def fit_latency_model(layers: Sequence[LayerProfile], measured: Sequence[Measure
     network = _network(layers)
     observed = _observed(network, layers, measured)
     measured_ms = observed.model_ms[1:]
-    unseen = {firmness: _left_out(network, observed, firmness) for firmness in FIRMNESS}
+    unseen = _left_out(network, observed)
     errors = {firmness: predicted / measured_ms - 1 for firmness, predicted in unseen.items()}
     best = min(FIRMNESS, key=lambda firmness: float(np.sqrt(np.mean(errors[firmness] ** 2))))
-    coefficients, constant_ms = _fit(network, observed, best)
+    coefficients, constant_ms = _fit(network, observed, best, _others(network, observed))
     return LatencyModel(
         kind="fitted",
         in_channels=tuple(layer.in_channels for layer in layers),
@@ -108,7 +119,7 @@ def _network(layers: Sequence[LayerProfile]) -> _Network:
         if depthwise:  # Its two widths are one: the output's terms say it all.
             allowed[i] = [name.startswith(("constant", "out", "rough_map")) for name in names]
     classes = tuple(tuple(found) for found in shapes.values())
-    return _Network(classes, allowed, rule, _activations(layers))
+    return _Network(classes, allowed, rule, _activations(layers), names.index("out/1"))
 
 
 def _activations(layers: Sequence[LayerProfile]) -> Floats:
@@ -148,26 +159,37 @@ def _observed(
         layer_ms=np.array([m.layer_ms for m in measured]),
         other_ms=np.array([[m.other.get(kind, 0.0) for kind in kinds] for m in measured]),
         maps=np.column_stack([np.ones(len(measured)), maps]),
+        outputs=np.column_stack([np.ones(len(measured)), outs / base_out]),
         model_ms=np.array([m.model_ms for m in measured]),
     )
 
 
-def _left_out(network: _Network, observed: _Observed, firmness: float) -> Floats:
-    """Each pruned variant's latency in ms, predicted without it."""
-    found = []
+def _left_out(network: _Network, observed: _Observed) -> dict[float, Floats]:
+    """By firmness, each pruned variant's latency in ms, predicted without it."""
+    found: dict[float, list[float]] = {firmness: [] for firmness in FIRMNESS}
     for left_out in range(1, len(observed.model_ms)):
-        coefficients, constant_ms = _fit(network, observed.without(left_out), firmness)
-        predicted = constant_ms + float(np.sum(observed.terms[left_out] * coefficients))
-        found.append(predicted)
-    return np.array(found)
+        rest = observed.without(left_out)
+        others = _others(network, rest)
+        for firmness in FIRMNESS:
+            coefficients, constant_ms = _fit(network, rest, firmness, others)
+            found[firmness].append(constant_ms + float(np.sum(observed.terms[left_out] * coefficients)))
+    return {firmness: np.array(values) for firmness, values in found.items()}
 
 
-def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Floats, float]:
-    """Coefficients `(L, T)` in ms and the constant in ms."""
+def _weights(observed: _Observed) -> Floats:
+    """How much each variant's errors count, `(V,)`."""
     # Errors count as shares of the variant's own latency: a deep cut's tenth of a millisecond is a lot.
     weight = 1 / observed.model_ms
     # The others were measured relative to the unpruned model, which therefore has no error of its own.
     weight[0] *= _BASELINE_WEIGHT
+    return weight
+
+
+def _fit(
+    network: _Network, observed: _Observed, firmness: float, others: tuple[Floats, float]
+) -> tuple[Floats, float]:
+    """Coefficients `(L, T)` in ms and the constant in ms, with those of the other operators."""
+    weight = _weights(observed)
     whole = observed.model_ms[0]
     base_ms = observed.layer_ms[0]
     everything = tuple(range(len(base_ms)))
@@ -184,22 +206,64 @@ def _fit(network: _Network, observed: _Observed, firmness: float) -> tuple[Float
                 network.allowed[layer],
                 np.sqrt(firmness) / whole,
             )
-    constant_ms = 0.0
-    for kind in observed.other_ms.T:
-        prior = np.zeros(observed.maps.shape[1])
-        prior[0] = kind[0]
-        found = _held(
-            observed.maps * weight[:, None],
-            kind * weight,
-            prior,
-            np.ones(len(prior), dtype=bool),
-            np.sqrt(_OTHER_FIRMNESS) / whole,
-        )
-        constant_ms += float(found[0])
-        result += np.einsum("s,slt->lt", found[1:], network.activations)
+    result, constant_ms = result + others[0], others[1]
     predicted = constant_ms + np.einsum("vlt,lt->v", observed.terms, result)
     factor, offset_ms = _in_line(predicted, observed.model_ms, weight)
     return result * factor, constant_ms * factor + offset_ms
+
+
+def _others(network: _Network, observed: _Observed) -> tuple[Floats, float]:
+    """Coefficients `(L, T)` in ms and the constant in ms of the operators that are no layer."""
+    weight = _weights(observed)
+    result, constant_ms = np.zeros_like(network.rule), 0.0
+    for kind in observed.other_ms.T:
+        spread, few = [], []
+        for left_out in range(1, len(kind)):
+            kept = np.arange(len(kind)) != left_out
+            columns = _worked_on(observed.outputs[kept], kind[kept], weight[kept])
+            for rows, errors in ((observed.maps, spread), (observed.outputs[:, columns], few)):
+                found = _other(rows[kept], kind[kept], weight[kept])
+                errors.append(float((rows[left_out] @ found - kind[left_out]) * weight[left_out]))
+        if np.square(few).sum() < _CLEARLY * np.square(spread).sum():
+            columns = _worked_on(observed.outputs, kind, weight)
+            found = _other(observed.outputs[:, columns], kind, weight)
+            result[np.array(columns[1:], dtype=int) - 1, network.output] += found[1:]
+        else:
+            found = _other(observed.maps, kind, weight)
+            result += np.einsum("s,slt->lt", found[1:], network.activations)
+        constant_ms += float(found[0])
+    return result, constant_ms
+
+
+def _other(rows: Floats, kind_ms: Floats, weight: Floats) -> Floats:
+    """Milliseconds of one kind of operator per regressor, the constant first."""
+    prior = np.zeros(rows.shape[1])
+    prior[0] = kind_ms[0]
+    pull = float(np.sqrt(_OTHER_FIRMNESS) * weight[0] / _BASELINE_WEIGHT)
+    return _held(rows * weight[:, None], kind_ms * weight, prior, np.ones(len(prior), dtype=bool), pull)
+
+
+def _worked_on(outputs: Floats, kind_ms: Floats, weight: Floats) -> list[int]:
+    """Columns of `outputs`, the constant and then layers, that tell a kind's latency best, best first."""
+    rows, wanted = outputs * weight[:, None], kind_ms * weight
+    chosen, error = [0], float("inf")
+    while len(chosen) <= _MOST_OUTPUTS:
+        # All candidates at once: (1 + L, V, k + 1).
+        base = np.broadcast_to(rows[:, chosen], (rows.shape[1], len(rows), len(chosen)))
+        tried = np.concatenate([base, rows.T[:, :, None]], axis=2)
+        gram = np.einsum("lvi,lvj->lij", tried, tried)
+        gram += 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(gram.shape[1])
+        found = np.linalg.solve(gram, np.einsum("lvi,v->li", tried, wanted)[:, :, None])[:, :, 0]
+        errors = np.square(np.einsum("lvi,li->lv", tried, found) - wanted).sum(axis=1)
+        errors[chosen] = np.inf
+        # No wider layer makes anything faster; a constant of 0 may come out a little below.
+        errors[(found[:, 1:] < 0).any(axis=1) | (found[:, 0] < -0.1 * kind_ms.max())] = np.inf
+        best = int(np.argmin(errors))
+        if not errors[best] < _WORTH * error:
+            break
+        chosen.append(best)
+        error = float(errors[best])
+    return chosen
 
 
 def _in_line(predicted: Floats, measured: Floats, weight: Floats) -> tuple[float, float]:

@@ -37,6 +37,8 @@ CHAIN = [
     (64, 3, 1, 400),
     (80, 1, 1, 400),
 ]
+#: One layer among those of its resolution, with an operator of its own.
+BEHIND = 10
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class FakeDevice:
     penalty: float = 0.0
     overhead_ms: float = 0.005
     pool_ms: float = 0.0  # of the deepest activations
+    behind_ms: float = 0.0  # of what layer `BEHIND` leaves
 
     def layer_ms(self, ins: int, outs: int, kernel: int, pixels: int, depthwise: bool) -> float:
         up_in, up_out = -(-ins // self.step) * self.step, -(-outs // self.step) * self.step
@@ -66,6 +69,7 @@ class FakeDevice:
             "other/softmax": 0.3,
             "other/reorder": 8e-7 * sum(rough),
             "other/pool": self.pool_ms * sum(deepest) / whole,
+            "other/upsample": self.behind_ms * outs[BEHIND] / CHAIN[BEHIND][0],
         }
 
 
@@ -155,6 +159,7 @@ DEVICES = {
     "steps of 8, inputs off 8 are slow": FakeDevice(8, 8, 0.3),
     "overhead rules": FakeDevice(16, 4, 0.3, overhead_ms=0.1),
     "deep pooling is slow": FakeDevice(8, 8, 0.3, pool_ms=0.5),
+    "upsampling behind one layer is slow": FakeDevice(8, 8, 0.3, behind_ms=0.5),
 }
 
 
