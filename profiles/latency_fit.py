@@ -217,7 +217,8 @@ def _others(network: _Network, observed: _Observed) -> tuple[Floats, float]:
     weight = _weights(observed)
     result, constant_ms = np.zeros_like(network.rule), 0.0
     for kind in observed.other_ms.T:
-        spread, few = [], []
+        spread: list[float] = []
+        few: list[float] = []
         for left_out in range(1, len(kind)):
             kept = np.arange(len(kind)) != left_out
             columns = _worked_on(observed.outputs[kept], kind[kept], weight[kept])
