@@ -53,8 +53,10 @@ def write_profile_page(path: Path, profiles: Mapping[str, LatencyProfile]) -> Pa
 def _summary(profile: LatencyProfile) -> str:
     error = profile.model.error
     known = "" if error is None else f"; nine of ten unseen versions predicted within {error:.1%}"
+    # Only variants show the multiple, and only a fitted model has any.
+    found = "works best with channels" if profile.model.kind == "fitted" else "channels, by default,"
     return (
         f"{profile.fingerprint}: {profile.model_ms:.2f} ms, of which {profile.other_ms:.2f} ms outside the "
-        f"layers; works best with channels in multiples of {profile.channel_multiple}; "
+        f"layers; {found} in multiples of {profile.channel_multiple}; "
         f"latency model: {profile.model.kind}{known}"
     )

@@ -26,6 +26,7 @@ def test_every_device_layer_and_check_is_drawn(tmp_path: Path) -> None:
     page = write_profile_page(tmp_path / "profile.html", {"near <1>": fitted, "far": profile}).read_text()
     assert "near &lt;1&gt;" in page
     assert "within 4.0%" in page
+    assert "; channels, by default, in multiples of " in page  # none of the two was fitted to variants
     assert not re.search(r"<(script|link|img)[^>]+(src|href)=", page)
     drawn_data = re.findall(r'Plotly\.newPlot\(\s*"[^"]+",\s*(\[.*?\]),\s*\{', page)
     charts = [json.loads(found) for found in drawn_data]
