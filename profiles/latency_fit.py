@@ -39,8 +39,8 @@ _OTHER_FIRMNESS = 0.02
 #: Most layers whose outputs one kind of them is told from, and what share of the squared error each further
 #: one has to take away: among dozens some layer always explains a little.
 _MOST_OUTPUTS, _WORTH = 3, 0.5
-#: How much smaller the squared error of variants left out must be for that.
-_CLEARLY = 0.7
+#: Few layers are taken where they leave at most this share of the squared error of variants left out.
+_FEW_WORTH = 0.7
 _BASELINE_WEIGHT = 4.0
 #: How firmly the factor and the offset (as a share of the unpruned latency) are held at 1 and 0.
 _FACTOR_FIRMNESS, _OFFSET_FIRMNESS = 0.1, 1.0
@@ -54,7 +54,6 @@ class _Observed:
     layer_ms: Floats  # (V, L)
     other_ms: Floats  # (V, K)
     maps: Floats  # (V, 1 + S): constant, then sizes of activations
-    outputs: Floats  # (V, 1 + L): constant, then widths of the layers' outputs; unpruned 1
     model_ms: Floats  # (V,)
 
     def without(self, variant: int) -> _Observed:
@@ -159,7 +158,6 @@ def _observed(
         layer_ms=np.array([m.layer_ms for m in measured]),
         other_ms=np.array([[m.other.get(kind, 0.0) for kind in kinds] for m in measured]),
         maps=np.column_stack([np.ones(len(measured)), maps]),
-        outputs=np.column_stack([np.ones(len(measured)), outs / base_out]),
         model_ms=np.array([m.model_ms for m in measured]),
     )
 
@@ -215,19 +213,21 @@ def _fit(
 def _others(network: _Network, observed: _Observed) -> tuple[Floats, float]:
     """Coefficients `(L, T)` in ms and the constant in ms of the operators that are no layer."""
     weight = _weights(observed)
+    # The constant, then each layer's output: (V, 1 + L).
+    outputs = np.column_stack([np.ones(len(weight)), observed.terms[:, :, network.output]])
     result, constant_ms = np.zeros_like(network.rule), 0.0
     for kind in observed.other_ms.T:
         spread: list[float] = []
         few: list[float] = []
         for left_out in range(1, len(kind)):
             kept = np.arange(len(kind)) != left_out
-            columns = _worked_on(observed.outputs[kept], kind[kept], weight[kept])
-            for rows, errors in ((observed.maps, spread), (observed.outputs[:, columns], few)):
+            columns = _worked_on(outputs[kept], kind[kept], weight[kept])
+            for rows, errors in ((observed.maps, spread), (outputs[:, columns], few)):
                 found = _other(rows[kept], kind[kept], weight[kept])
                 errors.append(float((rows[left_out] @ found - kind[left_out]) * weight[left_out]))
-        if np.square(few).sum() < _CLEARLY * np.square(spread).sum():
-            columns = _worked_on(observed.outputs, kind, weight)
-            found = _other(observed.outputs[:, columns], kind, weight)
+        if np.square(few).sum() < _FEW_WORTH * np.square(spread).sum():
+            columns = _worked_on(outputs, kind, weight)
+            found = _other(outputs[:, columns], kind, weight)
             result[np.array(columns[1:], dtype=int) - 1, network.output] += found[1:]
         else:
             found = _other(observed.maps, kind, weight)
