@@ -30,11 +30,11 @@ from .variants import (
     trial_variants,
 )
 
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
-#: Profiled inferences of a variant, and those before them: its layers are many, and the fit looks at all.
-VARIANT_REPEATS, VARIANT_WARMUP = 20, 5
+#: Profiled inferences of a variant in each pass, and those before them: all its layers count together.
+VARIANT_REPEATS, VARIANT_WARMUP = 10, 3
 
 
 @dataclass(frozen=True)
@@ -307,10 +307,10 @@ def _fitted(
         found = measure_variants(
             device, artifacts, baseline, say, repeats=VARIANT_REPEATS, warmup=VARIANT_WARMUP, skew=skew
         )
-        for variant, artifact, share, nodes in zip(
+        for variant, artifact, share, processes in zip(
             variants, artifacts, found.shares, found.operators, strict=True
         ):
-            layers = layer_profiles(device, artifact, nodes, model_ms * float(share), VARIANT_WARMUP)
+            layers = layer_profiles(device, artifact, processes, model_ms * float(share), VARIANT_WARMUP)
             measured.append(MeasuredVariant.of(variant, layers))
         return artifacts, found
 

@@ -24,7 +24,7 @@ from .connection import Connection, DeviceError, connect
 from .device import Device
 from .latency_profile import OTHER, LayerProfile
 from .lock import host_lock
-from .quiet import MIN_ROUNDS, UNKNOWN_SKEW, Floats, Skew, quiet_ratio
+from .quiet import MIN_ROUNDS, UNKNOWN_SKEW, Floats, Skew, quiet_ms, quiet_ratio
 from .timing import Comparison, Timing
 
 #: Receives one short line of text per step.
@@ -34,6 +34,8 @@ WARMUP, SHARED_WARMUP = 10, 5
 ROUND_TIMEOUT_S = 300.0
 #: Sampling time of a round, and of each artifact where several are measured in one round.
 ROUND_S, SHARED_ROUND_S = 1.2, 0.4
+#: Fresh processes that a layer profile is taken over: single operators differ between them by up to a third.
+PROFILE_ROUNDS = 3
 #: Turns of a round at most; fewer where several share one and the same comes round again in another pass.
 TURNS, SHARED_TURNS = 10, 6
 
@@ -175,19 +177,8 @@ def measure(
 
     Raises: as `compare`.
     """
-    spec = _spec(device, artifact)
-    samples: list[float] = []
-    warmup = 0
-    with measuring(device) as connection:
-        spec["path"] = connection.send_file(artifact.path, artifact.digest)
-        for number in range(rounds):
-            done = _round(connection, [spec], first=0)
-            warmup = done["warmup"]
-            for _, values in done["blocks"]:
-                samples.extend(values)
-            if progress:
-                progress(f"round {number + 1} of {rounds}: {float(np.median(samples)):.3f} ms")
-    return Timing(tuple(samples), warmup)
+    done = _alone(device, artifact, profiled=[0] * rounds, progress=progress)
+    return Timing(_flat(done), done[-1]["warmup"])
 
 
 def profile_layers(
@@ -195,13 +186,13 @@ def profile_layers(
 ) -> tuple[LayerProfile, ...]:
     """Latency of every layer in the device's own runtime, and of everything else.
 
-    A profiler slows what it watches, small operators most, so its times are used as shares: the share of
-    each operator in each profiled inference, times the latency of the model measured without a profiler.
-    The mean latencies of all entries therefore add up to that latency.
+    A profiler slows what it watches, small operators most, so its times are used as shares: the mean
+    latencies of all entries add up to the latency of the model measured without a profiler. Samples of one
+    inference are at one place in all entries, and as far apart as inferences were.
 
     Args:
-        repeats: profiled inferences, K in the paper; at least 1.
-        warmup: inferences before them.
+        repeats: profiled inferences, K in the paper, spread over a few fresh processes; at least 1.
+        warmup: inferences before them, in each process.
 
     Returns:
         One entry per layer in the artifact's order, then one per kind of other operator, with `op` "other"
@@ -212,57 +203,60 @@ def profile_layers(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    model_ms = measure(device, artifact, rounds=3).p50_ms
-    spec = _spec(device, artifact)
-    with measuring(device) as connection:
-        spec["path"] = connection.send_file(artifact.path, artifact.digest)
-        request = {"do": "profile", "spec": spec, "repeats": repeats, "warmup": warmup}
-        nodes = connection.ask({**request, "timeout_s": ROUND_TIMEOUT_S}, timeout_s=ROUND_TIMEOUT_S + 60)[
-            "nodes"
-        ]
-    return layer_profiles(device, artifact, nodes, model_ms, warmup)
+    shares = [(repeats + rest) // PROFILE_ROUNDS for rest in range(PROFILE_ROUNDS)]
+    done = _alone(device, artifact, profiled=shares, warmup=warmup)
+    processes = [nodes for each in done for nodes in each["nodes"]]
+    return layer_profiles(device, artifact, processes, float(np.median(_flat(done))), warmup)
 
 
 def layer_profiles(
-    device: Device, artifact: Artifact, nodes: Sequence[Mapping[str, Any]], model_ms: float, warmup: int
+    device: Device,
+    artifact: Artifact,
+    processes: Sequence[Sequence[Mapping[str, Any]]],
+    model_ms: float,
+    warmup: int,
 ) -> tuple[LayerProfile, ...]:
     """What a runtime's profiler said of single operators, as the latency of layers.
 
     Args:
-        nodes: per operator `name`, `op` and `samples_ms`, as the runner gives them.
+        processes: what it said in each of one or more, per operator `name`, `op` and `samples_ms`, as the
+            runner gives them.
         model_ms: latency of the model without a profiler.
-        warmup: inferences before the samples.
+        warmup: inferences before the samples, in each process.
 
     Returns and raises: as `profile_layers`.
     """
+    found = [_by_layer(device, artifact, nodes) for nodes in processes]
+    whole = np.concatenate([np.sum(list(times.values()), axis=0) for times in found])
+
+    def timing(key: str) -> Timing:
+        # A kind of operator that one process does not show took no time there.
+        of_each = [times.get(key, 0.0 * next(iter(times.values()))) for times in found]
+        return Timing(tuple(np.concatenate(of_each) * (model_ms / whole.mean())), warmup)
+
+    layers = [LayerProfile.of(spec, timing(spec.layer)) for spec in artifact.layers]
+    kinds = dict.fromkeys(key for times in found for key in times if key.startswith(f"{OTHER}/"))
+    return (*layers, *(LayerProfile(key, OTHER, 0, 0, (), (), 1, (), timing(key)) for key in kinds))
+
+
+def _by_layer(device: Device, artifact: Artifact, nodes: Sequence[Mapping[str, Any]]) -> dict[str, Floats]:
+    """Time of each layer and each kind of other operator in every inference that a process profiled, as a
+    share of an undisturbed inference: processes may have met another machine each.
+    """
     layer_of = {name: spec.layer for spec in artifact.layers for name in (spec.layer, *spec.names)}
-    times: dict[str, Any] = {spec.layer: 0.0 for spec in artifact.layers}
-    others: dict[str, Any] = {}
-    seen: set[str] = set()
+    times: dict[str, Floats] = {}
     for node in nodes:
-        values = np.asarray(node["samples_ms"])
-        layer = layer_of.get(node["name"])
-        if layer is None:
-            key = f"other/{node['op']}"
-            others[key] = others.get(key, 0.0) + values
-        else:
-            seen.add(layer)
-            times[layer] = times[layer] + values
-    lost = [name for name in times if name not in seen]
+        key = layer_of.get(node["name"], f"{OTHER}/{node['op']}")
+        times[key] = times.get(key, 0.0) + np.asarray(node["samples_ms"], dtype=float)
+    lost = [spec.layer for spec in artifact.layers if spec.layer not in times]
     if lost:
         raise DeviceError(
-            f"device {device.name}: {len(lost)} of {len(times)} layers do not show in the profile of "
-            f"{device.runtime}, the first is {lost[0]}; the operators seen are "
+            f"device {device.name}: {len(lost)} of {len(artifact.layers)} layers do not show in the profile "
+            f"of {device.runtime}, the first is {lost[0]}; the operators seen are "
             f"{', '.join(node['name'] for node in nodes[:5])}, ..."
         )
-    total = sum([*times.values(), *others.values()])
-    scale = model_ms / total
-
-    def timing(values: Any) -> Timing:
-        return Timing(tuple(values * scale), warmup)
-
-    layers = [LayerProfile.of(spec, timing(times[spec.layer])) for spec in artifact.layers]
-    return (*layers, *(LayerProfile(key, OTHER, 0, 0, (), (), 1, (), timing(v)) for key, v in others.items()))
+    undisturbed_ms = quiet_ms(np.sum(list(times.values()), axis=0))
+    return {key: values / undisturbed_ms for key, values in times.items()}
 
 
 @contextlib.contextmanager
@@ -313,6 +307,38 @@ def _round(
         "timeout_s": ROUND_TIMEOUT_S,
     }
     return connection.ask(request, timeout_s=ROUND_TIMEOUT_S * max(1, len(specs) - 1) + 60)
+
+
+def _alone(
+    device: Device,
+    artifact: Artifact,
+    *,
+    profiled: Sequence[int],
+    warmup: int = 0,
+    progress: Progress | None = None,
+) -> list[dict[str, Any]]:
+    """Rounds of one artifact, each of a fresh process.
+
+    Args:
+        profiled: per round how many inferences to profile operator by operator after its samples.
+        warmup: inferences before those.
+        progress: called after each round.
+    """
+    spec = _spec(device, artifact)
+    done: list[dict[str, Any]] = []
+    with measuring(device) as connection:
+        spec["path"] = connection.send_file(artifact.path, artifact.digest)
+        for repeats in profiled:
+            profile = {"of": [0] if repeats else [], "repeats": repeats, "warmup": warmup}
+            done.append(_round(connection, [spec], first=0, profile=profile))
+            if progress:
+                progress(f"round {len(done)} of {len(profiled)}: {float(np.median(_flat(done))):.3f} ms")
+    return done
+
+
+def _flat(rounds: Sequence[Mapping[str, Any]]) -> tuple[float, ...]:
+    """All samples of rounds of one artifact in ms, in order of time."""
+    return tuple(sample for done in rounds for _, samples in done["blocks"] for sample in samples)
 
 
 def _samples(blocks: Sequence[tuple[int, Sequence[float]]], count: int) -> tuple[Floats, ...]:

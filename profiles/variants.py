@@ -99,14 +99,17 @@ class MeasuredVariant:
     def of(cls, variant: Variant, entries: Sequence[LayerProfile]) -> MeasuredVariant:
         """From the entries that `measure.profile_layers` returns.
 
-        Medians over the undisturbed inferences, brought back to the sum of the means.
+        Of the undisturbed inferences, means over the middle half of each entry's times, so that no process
+        decides alone; brought back to the sum of all means.
         """
         layers = [entry for entry in entries if entry.op != "other"]
         samples = np.array([entry.timing.samples_ms for entry in entries])
         whole = samples.sum(axis=0)
-        quiet = np.median(samples[:, whole <= quiet_ms(whole) * (1 + WITHIN)], axis=1)
-        scale = sum(entry.timing.mean_ms for entry in entries) / quiet.sum()
-        found = {entry.layer: float(ms * scale) for entry, ms in zip(entries, quiet, strict=True)}
+        quiet = np.sort(samples[:, whole <= quiet_ms(whole) * (1 + WITHIN)])
+        outside = quiet.shape[1] // 4
+        middle = quiet[:, outside : quiet.shape[1] - outside].mean(axis=1)
+        scale = sum(entry.timing.mean_ms for entry in entries) / middle.sum()
+        found = {entry.layer: float(ms * scale) for entry, ms in zip(entries, middle, strict=True)}
         return cls(
             variant,
             tuple(entry.in_channels for entry in layers),
@@ -145,7 +148,7 @@ class Measured:
         shares: latency of each as a share of the baseline's, `(n,)`.
         error: standard error of the shares' logarithm.
         skew: how a disturbance moves them, with what was known before.
-        operators: per artifact what the runtime's profiler said, for `measure.layer_profiles`.
+        operators: per artifact what the runtime's profiler said in each pass, for `measure.layer_profiles`.
     """
 
     shares: Floats
@@ -168,11 +171,11 @@ def measure_variants(
     """Latency of each artifact relative to the baseline, and its operators.
 
     Each pass measures every artifact in turns with the baseline, a few at a time, so that a machine that
-    drifts or is slow for a while moves no share. At least two passes, more where they disagree; the first
-    also profiles the operators.
+    drifts or is slow for a while moves no share. At least two passes, more where they disagree; all of them
+    also profile the operators, which differ between processes.
 
     Args:
-        repeats, warmup: profiled inferences of each artifact, and those before them.
+        repeats, warmup: profiled inferences of each artifact in each pass, and those before them.
         limit_s: no further pass begins when it would end after this, once there are two; while they disagree
             by more than a few percent, after three times this.
         skew: what is known of the device.
@@ -182,23 +185,24 @@ def measure_variants(
     from .measure import measure_together, measuring
 
     passes: list[list[tuple[Floats, Floats]]] = []
-    operators: list[Any] = []
+    operators: list[tuple[Any, ...]] = []  # of each pass
     taken_s = 0.0
     while True:
         samples: list[tuple[Floats, Floats]] = []  # of each artifact, and of the baseline beside it
+        nodes: tuple[Any, ...] = ()
         with measuring(device):  # a wait for the machine is none of the measurement's time
             start = time.monotonic()
             for at in range(0, len(artifacts), TOGETHER):
                 some = artifacts[at : at + TOGETHER]
-                profiled = 0 if passes else repeats
                 together = measure_together(
-                    device, some, baseline, first=len(passes), profiled=profiled, warmup=warmup
+                    device, some, baseline, first=len(passes), profiled=repeats, warmup=warmup
                 )
                 *own, beside = together.samples
                 samples += [(each, beside) for each in own]
-                operators += together.operators
+                nodes += together.operators
             taken_s += time.monotonic() - start
         passes.append(samples)
+        operators.append(nodes)
         found = quiet_shares(passes, skew)
         error = found.error
         if progress:
@@ -208,7 +212,7 @@ def measure_variants(
         late = taken_s * (1 + 1 / len(passes)) > longest_s
         if len(passes) >= MAX_PASSES or (len(passes) >= MIN_PASSES and (error <= PASS_ERROR or late)):
             break
-    return Measured(np.exp(found.log), error, found.skew, tuple(operators))
+    return Measured(np.exp(found.log), error, found.skew, tuple(zip(*operators, strict=True)))
 
 
 def choose_multiple(

@@ -1,7 +1,7 @@
 """What a runner can be asked, and how it answers.
 
-Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or more models in turns),
-`profile` (per operator); on a remote device also `take` and `free` (have the machine to oneself, as the one
+Requests (`do`): `hello` (import a runtime), `facts`, `round` (samples of one or more models in turns, and
+of single operators); on a remote device also `take` and `free` (have the machine to oneself, as the one
 that asks has its own by `lock.host_lock`) and `find`, `store`, `keep` (model files).
 Answers: `{"id", "ok": true, "result"}` or `{"id", "ok": false, "kind": "missing" | "failed" | "crash",
 "error"}`; to `take`, any number of `{"id", "waiting": true}` ahead of it.
@@ -119,25 +119,10 @@ def _round_plan(typical_ms: list[float], round_s: float, block_s: float, most: i
     return turns - turns % 2, runs  # An even count, so that each one starts as many turns as it ends.
 
 
-def do_profile(request: dict[str, Any]) -> dict[str, Any]:
-    """Operators of one model, timed by its runtime in a process of its own."""
-    if CAN_FORK:
-        read_ahead(request["spec"])
-    child = Child([])
-    try:
-        cpus = choose_cpus(request["spec"]["threads"], busy_shares())
-        child.ask({"do": "load", "spec": {**request["spec"], "cpus": cpus}}, request["timeout_s"])
-        ask = {"do": "profile", "repeats": request["repeats"], "warmup": request["warmup"]}
-        return {"nodes": child.ask(ask, request["timeout_s"])}
-    finally:
-        child.close()
-
-
 REQUESTS = {
     "hello": do_hello,
     "facts": do_facts,
     "round": do_round,
-    "profile": do_profile,
     "free": do_free,
     "find": do_find,
     "store": do_store,

@@ -105,7 +105,7 @@ def test_json_round_trip_and_refusals() -> None:
     profile = make_profile(1)
     data = json.loads(json.dumps(profile.to_json()))
     assert LatencyProfile.from_json(data) == profile
-    with pytest.raises(ValueError, match="format_version must be 5, got 1"):
+    with pytest.raises(ValueError, match="format_version must be 6, got 1"):
         LatencyProfile.from_json({**data, "format_version": 1})
     with pytest.raises(ValueError, match="distinct names"):
         LatencyProfile.from_json({**data, "layers": data["layers"] * 2})

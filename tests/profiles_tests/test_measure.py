@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
 
+from profiles import measure as measure_module
 from profiles.artifact import Artifact, export_artifact, open_artifact
 from profiles.connection import DeviceError, DeviceLostError, connect
 from profiles.device import Device, describe
@@ -49,10 +51,31 @@ def test_every_layer_is_accounted_for_and_the_parts_make_up_the_whole(device: De
     assert [entry.layer for entry in layers] == [spec.layer for spec in artifact.layers]
     assert all(len(entry.timing.samples_ms) == 10 for entry in entries)
     assert all(entry.timing.mean_ms > 0 for entry in layers)
-    # Each profiled inference is scaled to the same whole.
+    # Inferences keep their spread, over several processes.
     wholes = [sum(entry.timing.samples_ms[run] for entry in entries) for run in range(10)]
-    assert wholes == pytest.approx([wholes[0]] * 10)
-    assert sum(entry.timing.mean_ms for entry in entries) == pytest.approx(wholes[0])
+    assert len(set(wholes)) > 1
+
+
+def test_a_layer_profile_is_taken_over_fresh_processes_and_adds_up(
+    export: Export, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = Device("here", "onnxruntime", threads=1)
+    artifact = export(device, 16)
+    asked: list[dict[str, Any]] = []
+    real = measure_module._round
+
+    def spy(*args: Any, profile: dict[str, Any], **rest: Any) -> dict[str, Any]:
+        asked.append(profile)
+        done = real(*args, profile=profile, **rest)
+        return {**done, "blocks": [(0, [5.0, 6.0, 7.0])]}
+
+    monkeypatch.setattr(measure_module, "_round", spy)
+    entries = profile_layers(device, artifact, repeats=10, warmup=2)
+    assert [profile["repeats"] for profile in asked] == [3, 3, 4]
+    assert sum(entry.timing.mean_ms for entry in entries) == pytest.approx(6.0)
+    asked.clear()
+    assert len(profile_layers(device, artifact, repeats=1)[0].timing.samples_ms) == 1
+    assert [profile["of"] for profile in asked] == [[], [], [0]]
 
 
 def test_a_measured_profile_survives_json(device: Device, export: Export) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -94,12 +95,10 @@ def test_every_share_is_measured_beside_the_baseline(
     np.testing.assert_allclose(found.shares, [0.3, 1.0, 0.3, 0.3, 1.0, 0.3])
     assert found.error == pytest.approx(0, abs=1e-9)
     digests = [a.digest for a in everything]
-    assert list(found.operators) == digests
-    # Two passes, a few at a time, another one beginning in the second; profiled once.
+    assert list(found.operators) == [(digest, digest) for digest in digests]
+    # Two passes, a few at a time, another one beginning in the second; profiled in both.
     assert asked == [
-        (some, large.digest, first, profiled)
-        for first, profiled in ((0, 20), (1, 0))
-        for some in (digests[:4], digests[4:])
+        (some, large.digest, first, 20) for first in (0, 1) for some in (digests[:4], digests[4:])
     ]
 
 
@@ -114,7 +113,7 @@ def test_disagreeing_passes_are_repeated(
     def noisy(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
         asked.extend(artifacts)
         processes = np.exp(rng.normal(0, 0.1, len(artifacts) + 1))
-        return Together(tuple(np.full((5, 4), ms) for ms in processes), ())
+        return Together(tuple(np.full((5, 4), ms) for ms in processes), ([],) * len(artifacts))
 
     monkeypatch.setattr(measure, "measure_together", noisy)
     found = measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0)
@@ -139,7 +138,7 @@ def test_passes_that_disagree_much_may_take_longer(
         now += 10.0
         made.append(now)
         processes = np.exp(rng.normal(0, spread, len(artifacts) + 1))
-        return Together(tuple(np.full((5, 4), ms) for ms in processes), ())
+        return Together(tuple(np.full((5, 4), ms) for ms in processes), ([],) * len(artifacts))
 
     monkeypatch.setattr(measure, "measure_together", shared)
     monkeypatch.setattr(variants.time, "monotonic", lambda: now)
@@ -156,7 +155,7 @@ def test_several_models_of_one_round_are_told_apart(
     small_ms, large_ms, _, beside_ms = (quiet_ms(samples) for samples in found.samples)
     assert small_ms < 0.8 * min(large_ms, beside_ms)
     assert all(len(node["samples_ms"]) == 3 for nodes in found.operators for node in nodes)
-    entries = measure.layer_profiles(device, small, found.operators[0], 5.0, 1)
+    entries = measure.layer_profiles(device, small, [found.operators[0]], 5.0, 1)
     assert [e.layer for e in entries if e.op != "other"] == [spec.layer for spec in small.layers]
     assert sum(entry.timing.mean_ms for entry in entries) == pytest.approx(5.0)
 
@@ -199,6 +198,24 @@ def test_operators_are_those_of_undisturbed_inferences() -> None:
     found = MeasuredVariant.of(Variant(), entries)
     assert found.layer_ms[0] / found.layer_ms[1] == pytest.approx(2)
     assert found.model_ms == pytest.approx(sum(ms.mean() for ms in own.values()))
+
+
+def test_no_process_decides_alone_what_an_operator_costs(export: Callable[[Device, int], Artifact]) -> None:
+    """Operators of one file take longer in one process than in another, for as long as it runs."""
+    device = Device("here", "onnxruntime")
+    artifact = export(device, 8)
+    first, *others = [spec.layer for spec in artifact.layers]
+
+    def process(own: float, speed: float) -> list[dict[str, Any]]:
+        rest = (6 - own) / len(others)
+        times = {first: own, **dict.fromkeys(others, rest)}
+        return [{"name": n, "op": "Conv", "samples_ms": [ms * speed] * 10} for n, ms in times.items()]
+
+    # The second process met a slower machine, which is none of its layers' merit.
+    processes = [process(1.0, 1.0), process(3.0, 2.0)]
+    entries = measure.layer_profiles(device, artifact, processes, 12.0, 1)
+    assert MeasuredVariant.of(Variant(), entries).layer_ms[0] == pytest.approx(4.0)
+    assert entries[0].timing.mean_ms == pytest.approx(4.0)
 
 
 def test_variants_are_checked_and_distinct() -> None:
