@@ -33,7 +33,7 @@ from .variants import (
 FORMAT_VERSION = 6
 OTHER = "other"
 SIDES = ("in_channels", "out_channels")
-#: Profiled inferences of a variant in each pass, and those before them: all its layers count together.
+#: Profiled inferences of a variant in each of two processes, and those before them: its layers are many.
 VARIANT_REPEATS, VARIANT_WARMUP = 10, 3
 
 

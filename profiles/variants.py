@@ -148,7 +148,8 @@ class Measured:
         shares: latency of each as a share of the baseline's, `(n,)`.
         error: standard error of the shares' logarithm.
         skew: how a disturbance moves them, with what was known before.
-        operators: per artifact what the runtime's profiler said in each pass, for `measure.layer_profiles`.
+        operators: per artifact what the runtime's profiler said in the first passes, for
+            `measure.layer_profiles`.
     """
 
     shares: Floats
@@ -171,11 +172,11 @@ def measure_variants(
     """Latency of each artifact relative to the baseline, and its operators.
 
     Each pass measures every artifact in turns with the baseline, a few at a time, so that a machine that
-    drifts or is slow for a while moves no share. At least two passes, more where they disagree; all of them
+    drifts or is slow for a while moves no share. At least two passes, more where they disagree; the first two
     also profile the operators, which differ between processes.
 
     Args:
-        repeats, warmup: profiled inferences of each artifact in each pass, and those before them.
+        repeats, warmup: profiled inferences of each artifact in each of these, and those before them.
         limit_s: no further pass begins when it would end after this, once there are two; while they disagree
             by more than a few percent, after three times this.
         skew: what is known of the device.
@@ -185,24 +186,27 @@ def measure_variants(
     from .measure import measure_together, measuring
 
     passes: list[list[tuple[Floats, Floats]]] = []
-    operators: list[tuple[Any, ...]] = []  # of each pass
+    operators: list[tuple[Any, ...]] = []  # of each profiled pass
     taken_s = 0.0
     while True:
         samples: list[tuple[Floats, Floats]] = []  # of each artifact, and of the baseline beside it
         nodes: tuple[Any, ...] = ()
+        # Some runtimes compile a model anew to profile it, so not in every pass.
+        profiled = repeats if len(passes) < MIN_PASSES else 0
         with measuring(device):  # a wait for the machine is none of the measurement's time
             start = time.monotonic()
             for at in range(0, len(artifacts), TOGETHER):
                 some = artifacts[at : at + TOGETHER]
                 together = measure_together(
-                    device, some, baseline, first=len(passes), profiled=repeats, warmup=warmup
+                    device, some, baseline, first=len(passes), profiled=profiled, warmup=warmup
                 )
                 *own, beside = together.samples
                 samples += [(each, beside) for each in own]
                 nodes += together.operators
             taken_s += time.monotonic() - start
         passes.append(samples)
-        operators.append(nodes)
+        if profiled:
+            operators.append(nodes)
         found = quiet_shares(passes, skew)
         error = found.error
         if progress:

@@ -37,7 +37,9 @@ def example_images(shape: list[int]) -> NDArray[np.float32]:
     def smooth(planes: int) -> NDArray[np.float64]:
         spectrum = np.fft.rfft2(rng.standard_normal((batch, planes, height, width))) / frequency**FALL
         values = np.fft.irfft2(spectrum, s=(height, width))
-        return values / max(values.std(), 1e-12)
+        scaled: NDArray[np.float64] = values / max(values.std(), 1e-12)
+        return scaled
 
     values = BRIGHTNESS**0.5 * smooth(1) + (1 - BRIGHTNESS) ** 0.5 * smooth(channels)
-    return np.clip(LEVEL + CONTRAST * values, 0, 1).astype(np.float32)
+    images: NDArray[np.float32] = np.clip(LEVEL + CONTRAST * values, 0, 1).astype(np.float32)
+    return images

@@ -109,9 +109,13 @@ def test_disagreeing_passes_are_repeated(
     artifact = export(device, 8)
     rng = np.random.default_rng(0)
     asked: list[Artifact] = []
+    operators: list[int] = []
 
-    def noisy(device: Device, artifacts: list[Artifact], baseline: Artifact, **_: int) -> Together:
+    def noisy(
+        device: Device, artifacts: list[Artifact], baseline: Artifact, *, profiled: int, **_: int
+    ) -> Together:
         asked.extend(artifacts)
+        operators.extend([profiled] * len(artifacts))
         processes = np.exp(rng.normal(0, 0.1, len(artifacts) + 1))
         return Together(tuple(np.full((5, 4), ms) for ms in processes), ([],) * len(artifacts))
 
@@ -119,6 +123,9 @@ def test_disagreeing_passes_are_repeated(
     found = measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0)
     assert 0.02 < found.error < 0.1
     assert len(asked) == 6 * 8
+    # Single operators in two processes of each.
+    assert operators == [1] * 16 + [0] * 32
+    assert {len(processes) for processes in found.operators} == {2}
     measure_variants(device, [artifact] * 8, artifact, repeats=1, warmup=0, limit_s=0)
     assert len(asked) == 8 * 8
 
