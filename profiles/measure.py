@@ -177,7 +177,7 @@ def measure(
 
     Raises: as `compare`.
     """
-    done = _alone(device, artifact, profiled=[0] * rounds, progress=progress)
+    done = _rounds_of_one(device, artifact, profiled=[0] * rounds, progress=progress)
     return Timing(_flat(done), done[-1]["warmup"])
 
 
@@ -203,8 +203,8 @@ def profile_layers(
     """
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
-    shares = [(repeats + rest) // PROFILE_ROUNDS for rest in range(PROFILE_ROUNDS)]
-    done = _alone(device, artifact, profiled=shares, warmup=warmup)
+    of_each = [(repeats + rest) // PROFILE_ROUNDS for rest in range(PROFILE_ROUNDS)]
+    done = _rounds_of_one(device, artifact, profiled=of_each, warmup=warmup)
     processes = [nodes for each in done for nodes in each["nodes"]]
     return layer_profiles(device, artifact, processes, float(np.median(_flat(done))), warmup)
 
@@ -231,8 +231,8 @@ def layer_profiles(
 
     def timing(key: str) -> Timing:
         # A kind of operator that one process does not show took no time there.
-        of_each = [times.get(key, 0.0 * next(iter(times.values()))) for times in found]
-        return Timing(tuple(np.concatenate(of_each) * (model_ms / whole.mean())), warmup)
+        parts = [times.get(key, np.zeros_like(next(iter(times.values())))) for times in found]
+        return Timing(tuple(np.concatenate(parts) * (model_ms / whole.mean())), warmup)
 
     layers = [LayerProfile.of(spec, timing(spec.layer)) for spec in artifact.layers]
     kinds = dict.fromkeys(key for times in found for key in times if key.startswith(f"{OTHER}/"))
@@ -309,7 +309,7 @@ def _round(
     return connection.ask(request, timeout_s=ROUND_TIMEOUT_S * max(1, len(specs) - 1) + 60)
 
 
-def _alone(
+def _rounds_of_one(
     device: Device,
     artifact: Artifact,
     *,

@@ -2,7 +2,7 @@
 
 Noise would not do: networks trained on photographs answer it with activations in the hundreds, whose SiLU is
 too small for a normal number, and such numbers slow down a runtime that does not flush them to zero. In ncnn
-they took up to 8% of a pruned YOLOv8n's time and nothing of another's, and none of either's on its own data.
+they took up to 8% of a pruned YOLOv8n's time and nothing of another's; its own photographs hardly have any.
 """
 
 from __future__ import annotations
