@@ -177,7 +177,7 @@ def plan(
     from .planning import make_plan, rerank
     from .space import fixed_params
     from .studyfile import StudyFileError
-    from .tables import plan_json, plan_table
+    from .tables import plan_json, plan_table, plan_title
 
     faults = [
         f"--{key} must lie in {rule}, got {value:g}"
@@ -196,11 +196,11 @@ def plan(
     made = make_plan(params, rerank(params, bench), bench)
     document = plan_json(made, params, bench)
     if html:
-        from .figures import pruned_share_figure
+        from .figures import plan_figure
         from .report import write_figure
 
-        shares = {layer["layer"]: (layer["channels"], layer["kept"]) for layer in document["layers"]}
-        write_figure(html, pruned_share_figure({f"β {beta:g}, ratio {ratio:g}": shares}))
+        widths = {layer["layer"]: (layer["channels"], layer["kept"]) for layer in document["layers"]}
+        write_figure(html, plan_figure(plan_title(document), widths))
         err.print(f"wrote {html}")
     if as_json:
         _print_json(document)

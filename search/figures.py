@@ -258,6 +258,21 @@ def pruned_share_figure(widths: Mapping[str, Widths]) -> Figure:
     return figure
 
 
+def plan_figure(title: str, widths: Widths) -> Figure:
+    """`pruned_share_figure` of one plan as a picture by itself, a page wide: with a title and all names."""
+    figure = pruned_share_figure({"": widths})
+    figure.update_layout(title={"text": html.escape(title), "font": {"size": 15}}, margin_t=56)
+    # The names say what the axis is; its title would lie across the longest of them.
+    figure.update_xaxes(
+        title_text="",
+        tickvals=list(range(len(widths))),
+        ticktext=[html.escape(layer) for layer in widths],
+        tickangle=-90,
+        tickfont_size=10,
+    )
+    return figure
+
+
 def predicted_measured_figure(results: Sequence[TrialResult]) -> Figure:
     """Latency as the device's model predicted it against what was measured; on the line they agree."""
     both = [r for r in results if r.state == "complete" and r.predicted_latency_ms is not None]

@@ -140,17 +140,22 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
     }
 
 
+def plan_title(document: dict[str, Any]) -> str:
+    """A plan of `plan_json` in a line: what was asked, what goes, the predicted latency."""
+    gone, total = document["channels_removed"], document["channels_total"]
+    predicted, unpruned = document["predicted_latency_ms"], document["baseline_latency_ms"]
+    return (
+        f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: "
+        f"{gone} of {total} channels ({gone / total:.1%}); "
+        f"predicted {predicted:.2f} ms of {unpruned:.2f} ms ({predicted / unpruned - 1:+.1%})"
+    )
+
+
 def plan_table(document: dict[str, Any]) -> Table:
     """The layers that lose channels, with a bar for the share."""
-    share = document["channels_removed"] / document["channels_total"]
     blocks = document["blocks"]
-    gain = 1 - document["predicted_latency_ms"] / document["baseline_latency_ms"]
     table = Table(
-        title=f"{document['device']}, β {document['beta']:g}, ratio {document['ratio']:g}: "
-        f"{document['channels_removed']} of "
-        f"{document['channels_total']} channels ({share:.1%}); predicted "
-        f"{document['predicted_latency_ms']:.2f} ms of "
-        f"{document['baseline_latency_ms']:.2f} ms ({gain:+.1%})",
+        title=plan_title(document),
         title_justify="left",
         caption=f"blocks that go as a whole: {', '.join(blocks)}" if blocks else None,
         caption_justify="left",

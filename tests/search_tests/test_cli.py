@@ -188,12 +188,16 @@ def check_shipped(target: Path, shapes: Any, tmp_path: Path) -> None:
 
 
 def test_plan_score_profile_and_devices_print_json_alone(run: Run, folder: Path) -> None:
-    plan = run("plan", "study.yaml", "--device", "ort", "--beta", "0.5", "--ratio", "0.3", "--json")
+    asked = ("--device", "ort", "--beta", "0.5", "--ratio", "0.3")
+    plan = run("plan", "study.yaml", *asked, "--json")
     assert plan.code == 0, plan.err
     assert (plan.document["device"], plan.document["beta"], plan.document["ratio"]) == ("ort", 0.5, 0.3)
     assert plan.document["round_to"] == 4
-    again = run("plan", "study.yaml", "--device", "ort", "--beta", "0.5", "--ratio", "0.3", "--json")
+    picture = folder / "plan.html"
+    again = run("plan", "study.yaml", *asked, "--json", "--html", picture)
     assert again.document == plan.document
+    shown = f"{plan.document['channels_removed']} of {plan.document['channels_total']} channels"
+    assert shown in picture.read_text()
     assert list(run("score", "study.yaml", "--json").document) == ["taylor"]
     page = folder / "profile.html"
     profile = run("profile", "study.yaml", "--json", "--html", page).document["ort"]

@@ -19,6 +19,7 @@ from search.figures import (
     front_figure,
     hypervolume_figure,
     importance_figure,
+    plan_figure,
     predicted_measured_figure,
     profile_figure,
     pruned_share_figure,
@@ -204,6 +205,9 @@ def test_the_map_colours_complete_trials_and_keeps_the_others(results: dict[str,
 def test_the_other_figures_show_their_records(results: dict[str, list[TrialResult]]) -> None:
     one = pruned_share_figure({"trial 3": {"a": (16, 8), "b": (32, 32)}})
     assert list(one.data[0].y) == [50.0, 0.0]
+    alone = plan_figure("laptop, β 0.5", {"a": (16, 8), "b": (32, 32)})
+    assert (alone.layout.title.text, list(alone.layout.xaxis.ticktext)) == ("laptop, β 0.5", ["a", "b"])
+    assert list(alone.data[0].y) == [50.0, 0.0]
     two = pruned_share_figure({"trial 3": {"a": (16, 8), "b": (32, 32)}, "trial 1": {"a": (16, 12)}})
     assert [list(row) for row in two.data[0].z] == [[50.0, 0.0], [25.0, 0.0]]
     measured = predicted_measured_figure(results["laptop"]).data[-1]
