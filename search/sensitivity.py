@@ -29,6 +29,7 @@ from .knapsack import cheapest
 from .plan import PruningPlan
 from .prune import prune
 from .shared_forward import SharedForward
+from .silence import further, silenced
 
 if TYPE_CHECKING:
     from torch import nn
@@ -286,9 +287,10 @@ def measure_curves(
     def demand(ratio: float) -> Demand:
         return Demand(groups, scores, ratio, cost_removed(macs), Widths(1, min_channels))
 
-    def pruned(counts: IntArray) -> nn.Module:
-        plan = PruningPlan.of(task.model_key, groups, demand(0.0).pick(counts))
-        return by_the_batch(prune(task.load_model(), plan, task.settle))
+    order = demand(0.0)
+
+    def plan_of(counts: IntArray) -> PruningPlan:
+        return PruningPlan.of(task.model_key, groups, order.pick(counts))
 
     curves = LossCurves(criterion, names, tuple(known))
     per_stage = sum(len(found) for found in _levels(unpruned, channels, min_channels))
@@ -298,9 +300,10 @@ def measure_curves(
         if curves.stages:  # where every width is allowed, the order alone is the best choice
             context = _in_order(demand(depth), curves, macs, 1.0)
         counts = _levels(context, channels, min_channels)
+        lost = plan_of(context)
         # One network at a time under the lock: another worker's measurement need not wait for all.
         with host_lock("scores"):
-            network = pruned(context)
+            network = by_the_batch(prune(task.load_model(), lost, task.settle))
             with _counted(network) as seen:
                 around = SharedForward(network, lambda model, batch: float(task.loss(model, batch)), batches)
         losses = []
@@ -309,8 +312,9 @@ def measure_curves(
             for count in tried:
                 changed = context.copy()
                 changed[u] = count
+                gone = further(plan_of(changed), lost)
                 with host_lock("scores"):
-                    row.append(around.loss_of(pruned(changed)) / seen.images)
+                    row.append(around.loss_with(set(gone), silenced(network, gone)) / seen.images)
                 done += 1
                 on_step(min(done, steps), steps)
             losses.append(tuple(row))

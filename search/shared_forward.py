@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 
@@ -54,15 +54,34 @@ class SharedForward:
 
     def loss_of(self, model: nn.Module) -> float:
         """Sum of the losses of another network over the batches, the very one that it has by itself."""
-        different = self._tape.calls_of(_different(self._model, model))
+        return self._loss(_different(self._model, model), lambda: nullcontext(model))
+
+    def loss_with(self, layers: Set[str], change: AbstractContextManager[object]) -> float:
+        """Sum of the losses over the batches while the network itself is changed.
+
+        Args:
+            layers: the modules whose parameters the change is about.
+            change: entered for as long as it takes; leaves the network as it was.
+        """
+
+        @contextmanager
+        def changed() -> Iterator[nn.Module]:
+            with change:
+                yield self._model
+
+        return self._loss(layers, changed)
+
+    def _loss(self, layers: Set[str], other: Callable[[], AbstractContextManager[nn.Module]]) -> float:
+        different = self._tape.calls_of(layers)
         if not different:
             return self.loss
         with torch.no_grad():
-            self._go_to(min(different))
+            self._go_to(min(different))  # by the network as it is
             total = 0.0
-            for batch, kept in zip(self._batches, self._kept, strict=True):
-                with _watched(model, _Playback(self._tape, kept, different)):
-                    total += self._loss_of(model, batch)
+            with other() as model:
+                for batch, kept in zip(self._batches, self._kept, strict=True):
+                    with _watched(model, _Playback(self._tape, kept, different)):
+                        total += self._loss_of(model, batch)
         return total
 
     def _go_to(self, place: int) -> None:
@@ -104,7 +123,7 @@ class _Tape:
         self.gives_tensor[number] = isinstance(output, Tensor)
         return output
 
-    def calls_of(self, names: set[str]) -> list[int]:
+    def calls_of(self, names: Set[str]) -> list[int]:
         """The calls of any of these modules, ascending."""
         return [number for number, name in enumerate(self.names) if name in names]
 

@@ -173,7 +173,7 @@ class FrontGate:
             return None
         gains = []
         for result in self._alike():
-            curve = result.epochs[: epochs + 1]
+            curve = result.epochs  # with its extra epochs: this trial may be given some, too
             if result.trial == 0 or len(curve) <= epochs:
                 continue
             at = max(curve[: done + 1])
@@ -215,12 +215,18 @@ class FrontGate:
         )
 
     def extra_epochs(self, accuracy: float) -> int:
-        """Epochs more for a trial that is on the front as it stands."""
+        """Epochs more for a trial that is on the front as it stood after as many epochs of every trial."""
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0
-        rival = self._rival(self._latency_ms)
-        return self.rules.extra_epochs if rival is None or _accuracy(rival) < accuracy else 0
+        rivals = [r for r in self._complete() if (r.latency_ms or math.inf) <= self._latency_ms]
+        best = max((self._then(r) for r in rivals), default=-math.inf)
+        return self.rules.extra_epochs if best < accuracy else 0
+
+    def _then(self, result: TrialResult) -> float:
+        """A trial's accuracy after as many epochs as this one has had."""
+        curve = result.epochs[: len(self._curve)] if self._is_alike(result) else ()
+        return max(curve, default=_accuracy(result))
 
     # -- what is known
 

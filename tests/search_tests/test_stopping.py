@@ -215,10 +215,34 @@ def test_halving_lets_the_best_by_rank_go_on() -> None:
 
 
 def test_extra_epochs_go_to_the_front() -> None:
-    assert started(*CURVES, extra_epochs=2).extra_epochs(0.51) == 2
-    assert started(*CURVES, extra_epochs=2).extra_epochs(0.5) == 0
-    assert started(*CURVES, extra_epochs=2, ms=10.5).extra_epochs(0.1) == 2
-    assert started(*CURVES).extra_epochs(0.9) == 0
+    def granted(accuracy: float, *others: TrialResult, extra_epochs: int = 2, **keys: Any) -> int:
+        trial = started(*others, extra_epochs=extra_epochs, **keys)
+        for done in range(3):
+            trial.epoch(done, 2, accuracy)
+        return trial.extra_epochs(accuracy)
+
+    assert granted(0.51, *CURVES) == 2
+    assert granted(0.5, *CURVES) == 0
+    assert granted(0.1, *CURVES, ms=10.5) == 2
+    assert granted(0.9, *CURVES, extra_epochs=0) == 0
+    # Others had theirs already: what counts is where they were after two epochs.
+    longer = [replace(r, accuracy=0.7, epochs=(*r.epochs, 0.6, 0.7)) for r in CURVES]
+    assert granted(0.51, *longer) == 2
+    assert granted(0.5, *longer) == 0
+    scratch = replace(longer[0], asked=TrialParams(recovery="scratch"))
+    assert granted(0.51, scratch) == 0  # of another kind: as it ended
+
+
+def test_no_extra_epochs_beyond_the_latency_limit() -> None:
+    uncertain = gate(*CURVES, extra_epochs=2, limits=Limits(latency_ms=14.0))
+    assert uncertain.measured(0.725, (0.65, 0.8), 1.0) is None  # 14.5 ms, perhaps 13
+    assert uncertain.extra_epochs(0.9) == 0
+
+
+def test_a_trial_may_reach_the_front_by_extra_epochs() -> None:
+    longer = [replace(r, epochs=(*r.epochs, 0.78)) for r in CURVES]
+    assert started(*CURVES).epoch(1, 2, 0.0) is not None
+    assert started(*longer).epoch(1, 2, 0.0) is None  # its like came from 0.24 to 0.78
 
 
 def test_ranks() -> None:
