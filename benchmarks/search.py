@@ -59,8 +59,8 @@ from search.workspace import Workspace  # noqa: E402
 
 WAYS = ("ours", "random", "grid", "plain-tpe", "plain-nsga2")
 PLAIN = ("plain-tpe", "plain-nsga2")
-#: What the paper's rule needs and no more. Without a latency model the ratio is one of channels; 80% of them are
-#: about 70% of YOLOv8n's latency.
+#: What the paper's rule needs and no more. Without a latency model the ratio is one of channels, 80% of which
+#: are about 70% of YOLOv8n's latency.
 PLAIN_SETTINGS = (
     "search.allocation=rank", "profile.model=linear", "search.ratio_of=channels",
     "search.ratio={low: 0.1, high: 0.8}",

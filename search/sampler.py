@@ -96,15 +96,16 @@ class NumberedSampler(BaseSampler):
 
     Args:
         make: given a trial's number, the sampler for it.
-        first: point of the study's first trial; None where all are drawn.
-        others: makes the points of the trials after it, any of the searched keys; what a point leaves out is
-            drawn. Called when a trial needs one, for it may take a while.
+        first: points of the study's first trials, any of the searched keys, what a point leaves out is drawn;
+            none where all are drawn.
+        others: makes the points of all trials after the first one, those in `first` included. Called when a
+            trial needs one of the rest, for it may take a while.
     """
 
     def __init__(
         self,
         make: Callable[[int], BaseSampler],
-        first: Mapping[str, Any] | None,
+        first: Sequence[Mapping[str, Any]],
         others: Callable[[], Sequence[Mapping[str, Any]]],
     ):
         self._make = make
@@ -117,8 +118,9 @@ class NumberedSampler(BaseSampler):
         queued = {t.number for t in study.get_trials(deepcopy=False) if "fixed_params" in t.system_attrs}
         position = trial.number - sum(number < trial.number for number in queued)
         self._point = None
-        if self._first is not None and trial.number not in queued and 0 not in queued:
-            self._point = self._first if position == 0 else self._other(position - 1)
+        if self._first and trial.number not in queued and 0 not in queued:
+            known = position < len(self._first)
+            self._point = self._first[position] if known else self._other(position - 1)
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)

@@ -44,8 +44,8 @@ def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, 
     the searched space.
 
     Known good points, and in turns with them the best of many candidates by what their plans promise; both
-    from the most to the least pruned, so that few trials cover much of the front. A grid has none: it is the
-    whole list by itself.
+    from the most to the least pruned, so that few trials cover much of the front; the first is a known one,
+    which needs no screening. A grid has none: it is the whole list by itself.
     """
     search, settings = study.search, study.screening
     if search.sampler == "grid":
@@ -60,7 +60,7 @@ def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, 
 
 
 def screen(
-    bench: Bench, params: Sequence[TrialParams], limits: Limits, keep: int, *, limit_s: float = 30.0
+    bench: Bench, params: Sequence[TrialParams], limits: Limits, keep: int, *, limit_s: float = 10.0
 ) -> list[Candidate]:
     """The `keep` candidates that stand for the best trade-offs expected, from the most to the least pruned.
 

@@ -2,7 +2,7 @@
 
 A channel's score says little of many channels at once: removing nine tenths of a layer costs far more than
 the sum of its channels, and how much more differs between layers by orders of magnitude. So the loss is
-measured, group by group and level by level, on networks that are really pruned. Since groups also matter to
+measured, group by group and level by level, on a network that goes without them. Since groups also matter to
 each other, the curves are measured again along the way: around the network that the curves so far would make
 of it at a few depths. Computed once and cached, like the scores; knows no device.
 """

@@ -1,7 +1,7 @@
-"""Channels silenced instead of removed: what a network would compute without them, for as long as it is asked.
+"""Channels silenced instead of removed: what a network would compute without them, until it is put back.
 
-A silenced channel is zero and nobody reads it, which is what a group's removal comes to, but nothing is copied
-and no layer is made anew. Knows no scores and no loss.
+A silenced channel is zero and nobody reads it, which is what a group's removal comes to, but no network is
+copied and no layer made anew. Knows no scores and no loss.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def further(plan: PruningPlan, context: PruningPlan) -> dict[str, tuple[IntArray
         ValueError: `plan` keeps something that `context` removes.
     """
     if missing := [name for name in context.layers if name not in plan.layers]:
-        raise ValueError(f"the plan must remove all that its context does, but keeps channels of {missing[0]}")
+        raise ValueError(f"the plan must remove all that its context does, but keeps all of {missing[0]}")
     found: dict[str, tuple[IntArray, IntArray]] = {}
     for name, cut in plan.layers.items():
         before = context.layers.get(name, _WHOLE)

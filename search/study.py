@@ -24,7 +24,7 @@ from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
 from .shared_points import Point, SharedPoints
 from .shown import constraints_of, shown_to_sampler
-from .space import params_at, searched_space, suggest, unpruned, unpruned_point
+from .space import known_points, params_at, searched_space, suggest, unpruned, unpruned_point
 from .storage import SearchError, StorageAwayError, answering
 from .studyfile import StudyFile
 from .trial import Bench
@@ -166,9 +166,11 @@ class DeviceStudy:
             points: makes what is tried after the unpruned model; None where the sampler decides of all.
         """
         search = self.file.search
-        self._points = first = None
+        self._points, first = None, []
         if points is not None:
-            first = unpruned_point(search)
+            first = [unpruned_point(search)]
+            if search.sampler != "grid":
+                first += known_points(search)[:1]  # for which nobody need wait until others are found
             url = self.workspace.storage_url(self.file.storage)
             # Making points takes seconds, in which others may well begin and end trials.
             turn = turns(url, f"{self.optuna.study_name}.points", self.workspace.folder)

@@ -823,7 +823,7 @@ def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
 
     def make() -> list[dict[str, Any]]:
         made.append(1)
-        return [{"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
+        return [known_points(study.search)[0], {"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
 
     one, two = (DeviceStudy(study, "first", storage, workspace) for _ in range(2))
     for worker in (one, two):
@@ -834,12 +834,18 @@ def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
     numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
     done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
     assert one.tell(first, done)
-    second = two.next_trial(9, 4)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search.study, "identity", lambda: {**identity(), "host": "elsewhere"})
-        third = one.next_trial(9, 4)
-    assert isinstance(second, Begun)
-    assert isinstance(third, Begun)
+    known = two.next_trial(9, 4)
+    assert isinstance(known, Begun)
+    assert (known.params.beta, known.params.ratio, made) == (0.0, pytest.approx(0.55), [])  # nor for this one
+
+    def elsewhere(worker: DeviceStudy, host: str) -> Begun:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(search.study, "identity", lambda: {**identity(), "host": host})
+            begun = worker.next_trial(9, 4)
+        assert isinstance(begun, Begun)
+        return begun
+
+    second, third = elsewhere(one, "second"), elsewhere(two, "third")
     assert (second.params.beta, second.params.ratio) == (0.25, 0.5)
     assert third.params.ratio == 0.125
     assert made == [1]
