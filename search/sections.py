@@ -185,7 +185,8 @@ class StoppingSection(Section):
         after: complete trials needed before anything is expected of others.
         halving: after epochs 1, 2, 4, ... the best `1 / halving` of the trials so far go on, by
             non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
-        extra_epochs: for a trial that ends its recovery on the front.
+        extra_epochs: for a trial that is on the front after its recovery, by what all had after as many
+            epochs, and whose last epoch was its best.
     """
 
     enabled: bool = True

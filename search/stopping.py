@@ -215,7 +215,11 @@ class FrontGate:
         )
 
     def extra_epochs(self, accuracy: float) -> int:
-        """Epochs more for a trial that is on the front as it stood after as many epochs of every trial."""
+        """Epochs more for a trial that is still rising, and on the front as it stood after as many epochs of
+        every trial.
+        """
+        if len(self._curve) < 2 or self._curve[-1] < max(self._curve):
+            return 0
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0

@@ -217,8 +217,8 @@ def test_halving_lets_the_best_by_rank_go_on() -> None:
 def test_extra_epochs_go_to_the_front() -> None:
     def granted(accuracy: float, *others: TrialResult, extra_epochs: int = 2, **keys: Any) -> int:
         trial = started(*others, extra_epochs=extra_epochs, **keys)
-        for done in range(3):
-            trial.epoch(done, 2, accuracy)
+        for done, seen in enumerate((0.0, 0.05, accuracy)):
+            trial.epoch(done, 2, seen)
         return trial.extra_epochs(accuracy)
 
     assert granted(0.51, *CURVES) == 2
@@ -233,10 +233,23 @@ def test_extra_epochs_go_to_the_front() -> None:
     assert granted(0.51, scratch) == 0  # of another kind: as it ended
 
 
-def test_no_extra_epochs_beyond_the_latency_limit() -> None:
-    uncertain = gate(*CURVES, extra_epochs=2, limits=Limits(latency_ms=14.0))
+@pytest.mark.parametrize(
+    ("curve", "granted"), [((0.5, 0.6, 0.7), 2), ((0.7, 0.6, 0.65), 0), ((0.5, 0.7, 0.65), 0), ((0.7,), 0)]
+)
+def test_extra_epochs_need_a_curve_that_rises(curve: tuple[float, ...], granted: int) -> None:
+    trial = started(*CURVES, extra_epochs=2)
+    for done, accuracy in enumerate(curve):
+        trial.epoch(done, 2, accuracy)
+    assert trial.extra_epochs(max(curve)) == granted
+
+
+@pytest.mark.parametrize(("limit_ms", "granted"), [(14.0, 0), (15.0, 2)])
+def test_no_extra_epochs_beyond_the_latency_limit(limit_ms: float, granted: int) -> None:
+    uncertain = gate(extra_epochs=2, limits=Limits(latency_ms=limit_ms))
     assert uncertain.measured(0.725, (0.65, 0.8), 1.0) is None  # 14.5 ms, perhaps 13
-    assert uncertain.extra_epochs(0.9) == 0
+    for done, accuracy in enumerate((0.5, 0.6, 0.7)):
+        uncertain.epoch(done, 2, accuracy)
+    assert uncertain.extra_epochs(0.7) == granted
 
 
 def test_a_trial_may_reach_the_front_by_extra_epochs() -> None:
