@@ -1,9 +1,8 @@
-"""What forward passes of several networks have in common, computed once.
+"""What forward passes of a network have in common when a few of its layers change, computed once.
 
-Networks that differ from one network in a few layers compute the same as that one up to the first of these
-layers, and behind it in every branch that does not see them. The outputs of such modules are kept and handed
-out again. Works on any network that calls the same modules in the same order whatever their widths; knows
-nothing of pruning.
+A network with other parameters in a few layers computes the same up to the first of these layers, and behind
+it in every branch that does not see them. The outputs of such modules are kept and handed out again. Works on
+any network that calls the same modules in the same order; knows nothing of pruning.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class SharedForward:
-    """Losses of networks that have most of their layers in common with one network.
+    """Losses of one network with a few layers changed at a time.
 
     The work of a loss is that of the layers that see a difference, and going from one first difference to one
     further on costs what lies between; so ask in the order in which the differing layers are run.
 
     Args:
-        model: the network that the others are compared with; it is run, so its batch norm may move on.
+        model: the network; it is run, so its batch norm may move on.
         loss: of a network on one batch; calls the network once.
         batches: what the losses are summed over.
 
@@ -52,36 +51,23 @@ class SharedForward:
                 with _watched(model, self._tape.record) if number == 0 else nullcontext():
                     self.loss += loss(model, batch)
 
-    def loss_of(self, model: nn.Module) -> float:
-        """Sum of the losses of another network over the batches, the very one that it has by itself."""
-        return self._loss(_different(self._model, model), lambda: nullcontext(model))
-
     def loss_with(self, layers: Set[str], change: AbstractContextManager[object]) -> float:
-        """Sum of the losses over the batches while the network itself is changed.
+        """Sum of the losses over the batches while the network is changed: the very one that it has then.
 
         Args:
-            layers: the modules whose parameters the change is about.
+            layers: the modules whose own parameters the change is about.
             change: entered for as long as it takes; leaves the network as it was.
         """
-
-        @contextmanager
-        def changed() -> Iterator[nn.Module]:
-            with change:
-                yield self._model
-
-        return self._loss(layers, changed)
-
-    def _loss(self, layers: Set[str], other: Callable[[], AbstractContextManager[nn.Module]]) -> float:
         different = self._tape.calls_of(layers)
         if not different:
             return self.loss
         with torch.no_grad():
             self._go_to(min(different))  # by the network as it is
             total = 0.0
-            with other() as model:
+            with change:
                 for batch, kept in zip(self._batches, self._kept, strict=True):
-                    with _watched(model, _Playback(self._tape, kept, different)):
-                        total += self._loss_of(model, batch)
+                    with _watched(self._model, _Playback(self._tape, kept, different)):
+                        total += self._loss_of(self._model, batch)
         return total
 
     def _go_to(self, place: int) -> None:
@@ -176,7 +162,7 @@ class _Recording:
 
 
 class _Playback:
-    """Runs a network that differs, and leaves out what it has in common with the one that was kept.
+    """Runs the changed network, and leaves out what it has in common with the one that was kept.
 
     Args:
         kept: call to output, of all that ends before the first different call; outputs of branches that do
@@ -250,14 +236,3 @@ def _watched(model: nn.Module, around: Callable[[str, Inputs, Callable[[], Any]]
                 object.__delattr__(module, "forward")
             else:
                 object.__setattr__(module, "forward", own)
-
-
-def _different(one: nn.Module, other: nn.Module) -> set[str]:
-    """Names of the modules whose own parameters are not equal."""
-    modules = dict(other.named_modules())
-    names = set()
-    for name, module in one.named_modules():
-        pairs = zip(module.parameters(recurse=False), modules[name].parameters(recurse=False), strict=True)
-        if not all(torch.equal(a, b) for a, b in pairs):
-            names.add(name)
-    return names

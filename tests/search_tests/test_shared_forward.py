@@ -1,8 +1,9 @@
-"""Losses computed from a shared start are the very losses of the networks by themselves, for less work."""
+"""Losses computed from a shared start are the very losses of the changed network by itself, for less work."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -44,10 +45,10 @@ class Halves(nn.Module):
 
 
 class Net(nn.Module):
-    def __init__(self, inner: tuple[int, int, int] = (8, 8, 8)) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
-        self.blocks = nn.Sequential(*(Block(8, n) for n in inner))
+        self.blocks = nn.Sequential(*(Block(8, 8) for _ in range(3)))
         self.halves = Halves()
         self.head = nn.Linear(8, 5)
 
@@ -59,13 +60,9 @@ class Net(nn.Module):
         return out
 
 
-def make(inner: tuple[int, int, int] = (8, 8, 8)) -> Net:
-    """Equal weights wherever shapes are equal."""
-    net = Net(inner).eval()
-    for name, parameter in net.named_parameters():
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+def make() -> Net:
+    torch.manual_seed(0)
+    net = Net().eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.train()
@@ -81,32 +78,69 @@ def plain(model: nn.Module) -> float:
         return sum(loss(model, batch) for batch in BATCHES)
 
 
+@contextmanager
+def changed(model: nn.Module, *names: str, factor: float = 0.5) -> Iterator[None]:
+    """Other weights in these layers for a while."""
+    weights = [model.get_submodule(name).get_parameter("weight") for name in names]
+    kept = [weight.detach().clone() for weight in weights]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(factor)
+        yield
+        for weight, before in zip(weights, kept, strict=True):
+            weight.copy_(before)
+
+
+FIRST, SECOND, THIRD = (f"blocks.{i}.conv1" for i in range(3))
+
+
 @pytest.mark.parametrize(
-    "inner", [(8, 8, 5), (8, 6, 8), (4, 8, 8), (3, 5, 7), (8, 8, 8)], ids=lambda widths: str(widths)
+    "names",
+    [
+        (THIRD,),
+        (SECOND,),
+        (FIRST,),
+        (FIRST, "blocks.0.norm1", THIRD),
+        ("head",),
+        ("stem.0",),
+        ("halves.conv",),
+    ],
 )
-def test_the_loss_is_that_of_the_network_by_itself(inner: tuple[int, int, int]) -> None:
-    shared = SharedForward(make(), loss, BATCHES)
-    assert shared.loss == plain(make())
-    assert shared.loss_of(make(inner)) == plain(make(inner))
+def test_the_loss_is_that_of_the_network_by_itself(names: tuple[str, ...]) -> None:
+    model = make()
+    shared = SharedForward(model, loss, BATCHES)
+    assert shared.loss == plain(model)
+    with changed(model, *names):
+        by_itself = plain(model)
+    assert shared.loss_with({*names}, changed(model, *names)) == by_itself != shared.loss
+    assert plain(model) == shared.loss
+
+
+def test_what_does_not_change_is_not_run() -> None:
+    model = make()
+    shared = SharedForward(model, loss, BATCHES)
+    assert shared.loss_with({"nowhere"}, changed(model, "head")) == shared.loss
 
 
 def test_any_order_and_any_number_of_times() -> None:
-    shared = SharedForward(make(), loss, BATCHES)
-    for inner in ((8, 5, 8), (8, 8, 5), (8, 8, 4), (5, 8, 8), (8, 8, 5), (8, 5, 8)):
-        assert shared.loss_of(make(inner)) == plain(make(inner))
-
-
-def test_what_differs_in_the_first_and_in_the_last_layer() -> None:
-    shared = SharedForward(make(), loss, BATCHES)
-    for name in ("head", "stem.0", "halves.conv"):
-        other = make()
-        with torch.no_grad():
-            other.get_submodule(name).weight.mul_(0.5)  # type: ignore[operator]  # a layer's
-        assert shared.loss_of(other) == plain(other) != shared.loss
+    model = make()
+    shared = SharedForward(model, loss, BATCHES)
+    for name, factor in (
+        (SECOND, 0.5),
+        (THIRD, 0.5),
+        (THIRD, 0.2),
+        (FIRST, 0.5),
+        (THIRD, 0.5),
+        (SECOND, 0.5),
+    ):
+        with changed(model, name, factor=factor):
+            by_itself = plain(model)
+        assert shared.loss_with({name}, changed(model, name, factor=factor)) == by_itself
 
 
 def test_what_comes_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    shared = SharedForward(make(), loss, BATCHES)
+    model = make()
+    shared = SharedForward(model, loss, BATCHES)
     done: list[int] = []
     convolve = functional.conv2d
 
@@ -115,23 +149,23 @@ def test_what_comes_before_is_not_computed_again(monkeypatch: pytest.MonkeyPatch
         return convolve(x, weight, *rest)
 
     monkeypatch.setattr(functional, "conv2d", counted)
-    shared.loss_of(make((8, 8, 5)))
+    shared.loss_with({THIRD}, changed(model, THIRD))
     # To the last block once, stem and two blocks of two; then its two convolutions and the one behind.
     assert len(done) == len(BATCHES) * (5 + 3)
     done.clear()
-    shared.loss_of(make((8, 8, 4)))
+    shared.loss_with({THIRD}, changed(model, THIRD, factor=0.2))
     assert len(done) == len(BATCHES) * 3
 
 
 class Branches(nn.Module):
     """Three branches from one map; the second writes into the map before the third reads it."""
 
-    def __init__(self, widths: tuple[int, int, int] = (6, 6, 6), *, writes: bool = False) -> None:
+    def __init__(self, *, writes: bool) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.branches = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(8, n, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(n, 4, 1))
-            for n in widths
+            nn.Sequential(nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 1))
+            for _ in range(3)
         )
         self.writes = writes
 
@@ -145,20 +179,13 @@ class Branches(nn.Module):
         return torch.cat(outputs, 1).mean((2, 3))
 
 
-def branched(*widths: int, writes: bool) -> Branches:
-    net = Branches(widths, writes=writes).eval()  # type: ignore[arg-type]  # three of them
-    for name, parameter in net.named_parameters():
-        generator = torch.Generator().manual_seed(sum(map(ord, name)))
-        with torch.no_grad():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    return net
-
-
 @pytest.mark.parametrize("writes", [False, True])
 def test_branches_that_do_not_see_the_difference_are_not_computed_again(
     writes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shared = SharedForward(branched(6, 6, 6, writes=writes), loss, BATCHES)
+    torch.manual_seed(0)
+    model = Branches(writes=writes).eval()
+    shared = SharedForward(model, loss, BATCHES)
     done: list[int] = []
     convolve = functional.conv2d
 
@@ -166,27 +193,27 @@ def test_branches_that_do_not_see_the_difference_are_not_computed_again(
         done.append(weight.shape[0])
         return convolve(x, weight, *rest)
 
-    for number, widths in enumerate(
-        [(5, 6, 6), (4, 6, 6), (3, 6, 6), (6, 5, 6), (6, 4, 6), (6, 6, 5), (2, 6, 6)]
-    ):
+    for number, branch in enumerate([0, 0, 0, 1, 1, 2, 0]):
+        name, factor = f"branches.{branch}.0", 0.9 - 0.1 * number
+        with changed(model, name, factor=factor):
+            by_itself = plain(model)
         with monkeypatch.context() as patch:
             patch.setattr(functional, "conv2d", counted)
             done.clear()
-            found = shared.loss_of(branched(*widths, writes=writes))
-        assert found == plain(branched(*widths, writes=writes))
+            found = shared.loss_with({name}, changed(model, name, factor=factor))
+        assert found == by_itself
         if number in (1, 2):  # the branch itself, and the third one where the map was written to
             assert len(done) == len(BATCHES) * (4 if writes else 2)
 
 
-def test_the_networks_are_left_as_they_were() -> None:
-    model, other = make(), make((8, 8, 5))
-    own = other.stem.forward
-    other.stem.forward = own  # type: ignore[method-assign]  # as some networks do to fuse their layers
+def test_the_network_is_left_as_it_was() -> None:
+    model = make()
+    own = model.stem.forward
+    model.stem.forward = own  # type: ignore[method-assign]  # as some networks do to fuse their layers
     shared = SharedForward(model, loss, BATCHES)
-    shared.loss_of(other)
-    assert other.stem.__dict__["forward"] is own
-    watched = [m for net in (model, other) for m in net.modules() if "forward" in m.__dict__]
-    assert watched == [other.stem]
+    shared.loss_with({THIRD}, changed(model, THIRD))
+    assert model.stem.__dict__["forward"] is own
+    assert [m for m in model.modules() if "forward" in m.__dict__] == [model.stem]
 
 
 def test_a_detector() -> None:
@@ -201,7 +228,6 @@ def test_a_detector() -> None:
 
     shared = SharedForward(model, raw, images)
     for name in ("model.4.m.0.cv1.conv", "model.9.cv2.conv", "model.22.cv3.1.0.conv", "model.2.cv1.bn"):
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            other.get_submodule(name).weight.mul_(0.9)  # type: ignore[operator]  # a layer's
-            assert shared.loss_of(other) == raw(other, images[0])
+        with changed(model, name, factor=0.9):
+            by_itself = raw(model, images[0])
+        assert shared.loss_with({name}, changed(model, name, factor=0.9)) == by_itself
