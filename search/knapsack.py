@@ -99,23 +99,21 @@ def choose(costs: Sequence[FloatArray], savings: Sequence[FloatArray], wanted: f
     need = max(0, int(np.ceil(wanted / step)))
     best = np.full(need + 1, np.inf)
     best[0] = 0.0
-    picks = []
-    positions = np.arange(need + 1)
+    rows = []
     for cost, saving in zip(costs, savings, strict=True):
         gain = np.maximum(np.floor(saving / step).astype(np.int64), 0)
+        rows.append((cost, gain, best))
         # With option o the units before must have saved at least b - gain[o], and nothing where that is less.
-        total = np.empty((len(cost), need + 1))
-        for row, price, steps in zip(total, cost, np.minimum(gain, need + 1), strict=True):
-            row[:steps] = best[0] + price
-            row[steps:] = best[: need + 1 - steps] + price
-        pick = np.argmin(total, axis=0)
-        best = total[pick, positions]
-        picks.append((pick, gain))
+        after = np.full(need + 1, np.inf)
+        for price, steps in zip(cost, np.minimum(gain, need + 1), strict=True):
+            np.minimum(after[:steps], best[0] + price, out=after[:steps])
+            np.minimum(after[steps:], best[: need + 1 - steps] + price, out=after[steps:])
+        best = after
     if not np.isfinite(best[need]):  # lost to rounding down
         return [int(np.argmax(s)) for s in savings]
     chosen, at = [], need
-    for pick, gain in reversed(picks):
-        option = int(pick[at])
+    for cost, gain, before in reversed(rows):
+        option = int(np.argmin(before[np.maximum(at - gain, 0)] + cost))  # only where the way back passes
         chosen.append(option)
         at = max(at - int(gain[option]), 0)
     return chosen[::-1]
