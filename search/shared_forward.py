@@ -176,7 +176,7 @@ class _Playback:
         self._different = different
         self._next = 0
         self._inside_same = False
-        # Tensors known to hold what the other network has there, and how often they had been written to.
+        # Tensors known to hold what the unchanged network has there, and how often they had been written to.
         self._same: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def __call__(self, name: str, inputs: Inputs, run: Callable[[], Any]) -> Any:
@@ -203,7 +203,7 @@ class _Playback:
         return output
 
     def _is_same(self, number: int, end: int, inputs: Inputs) -> bool:
-        """Whether a call gives what it gives in the other network: the same modules, the same inputs."""
+        """Whether a call gives what it gives in the unchanged network: the same modules, the same inputs."""
         if bisect_left(self._different, number) < bisect_left(self._different, end):
             return False
         args, kwargs = inputs
