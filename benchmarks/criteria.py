@@ -73,7 +73,7 @@ search:
   allocation: {{choices: [rank, sensitivity]}}
   ratio_of: latency
 calibration: {{images: 64, batch: 16, curve_images: {curve_images}}}
-finetune: {{epochs: {epochs}, batch: 8}}
+finetune: {{epochs: {epochs}}}
 """
 
 

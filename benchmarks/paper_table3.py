@@ -132,7 +132,7 @@ def prune_for_real(bench: Bench, beta: float, epochs: int, folder: Path, limit_s
         return True
 
     with host_lock("training"):
-        task.recover(model, Recovery(epochs=epochs, batch=8), folder, on_epoch)
+        task.recover(model, Recovery(epochs=epochs), folder, on_epoch)
     return Physical(beta, found.ratio, found.ratio_ci, before, max(accuracies))
 
 

@@ -35,6 +35,8 @@ from .wiring import fuse_batchnorm, wiring
 _IMAGENET_MEAN = (0.485, 0.456, 0.406)
 _IMAGENET_STD = (0.229, 0.224, 0.225)
 _EVAL_BATCH = 64
+#: The smallest and the largest batch of a training that is told none.
+_BATCHES = (16, 64)
 
 
 @dataclass(frozen=True)
@@ -232,7 +234,7 @@ class ClassificationTask:
         on_epoch: EpochCallback,
     ) -> None:
         data = self._images.train
-        batch = min(recovery.batch, len(data))
+        batch = min(recovery.batch_for(len(data), *_BATCHES), len(data))
         steps = len(data) // batch  # the rest of an epoch is left out: a batch of one has no statistics
         peak = recovery.lr if recovery.lr is not None else 0.01 * batch / 64
         # Decay would pull batch norm's scales and all biases towards zero, which prunes without being asked

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+#: That an epoch of a recovery should have where the task chooses the batch.
+STEPS = 100
+
 #: Inference as a plain function: images `(batch, 3, height, width)` float32 to the list of outputs. A PyTorch
 #: model and an exported artifact look the same through it.
 Predictor = Callable[[NDArray[np.float32]], list[NDArray[np.float32]]]
@@ -31,7 +34,7 @@ class Recovery:
     Attributes:
         epochs: passes over the training data; 0 re-estimates batch norm only (where `reestimate_images` > 0).
         lr: peak learning rate; None lets the task choose.
-        batch: images per step.
+        batch: images per step; None lets the task choose, see `batch_for`.
         device: "auto" (CUDA when there), or a torch device such as "cpu" or "cuda:1".
         reestimate_images: images whose statistics replace batch norm's before any training; 0 keeps the old
             ones.
@@ -43,12 +46,25 @@ class Recovery:
 
     epochs: int = 3
     lr: float | None = None
-    batch: int = 16
+    batch: int | None = None
     device: str = "auto"
     reestimate_images: int = 64
     threads: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def batch_for(self, images: int, smallest: int, largest: int) -> int:
+        """Images per step on a training set of so many `images`.
+
+        That is `batch`, or where none is given `smallest`, doubled up to `largest` while an epoch keeps a
+        hundred steps: what brings a pruned network back in a few epochs are steps.
+        """
+        if self.batch is not None:
+            return self.batch
+        batch = smallest
+        while 2 * batch <= largest and images >= 2 * batch * STEPS:
+            batch *= 2
+        return batch
 
 
 @dataclass(frozen=True)

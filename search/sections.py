@@ -145,7 +145,7 @@ class FinetuneSection(Section):
 
     epochs: Annotated[int, Field(ge=0)] = 3
     lr: Annotated[float, Field(gt=0)] | None = None
-    batch: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[int, Field(ge=1)] | None = None
     device: TorchDevice = "auto"
     reestimate_images: Annotated[int, Field(ge=0)] = 64
     threads: Annotated[int, Field(ge=1)] | None = None

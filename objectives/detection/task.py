@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import types
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +35,8 @@ from .tracing import traceable_copy
 from .training import RecoveryTrainer
 
 _EVAL_BATCH = 16
+#: The smallest and the largest batch of a training that is told none.
+_BATCHES = (2, 16)
 _PRUNED_YAML = (
     "this model was pruned and cannot be rebuilt from its yaml; "
     "train it with YOLO(path).train(trainer=objectives.detection.PrunedTrainer, ...)"
@@ -181,9 +183,10 @@ class DetectionTask:
                 reestimate_batchnorm(model, batches, self.outputs)
                 best.offer(model, accuracy(model))
             if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
+                batch = recovery.batch_for(len(self._dataset("train")), *_BATCHES)
                 trainer = RecoveryTrainer(
                     model,
-                    recovery,
+                    replace(recovery, batch=batch),
                     folder,
                     data=self.data,
                     imgsz=self.imgsz,

@@ -17,6 +17,12 @@ from ..best import BestWeights
 from ..compute import resolve_device
 from ..task import EpochCallback, Recovery
 
+#: Up to so many epochs the images are scaled and shifted less than by default: a damaged network has to learn
+#: its own images again first, and learns none by heart in so short a time. Ultralytics drops mosaics likewise
+#: for the last ten epochs.
+_SHORT = 10
+_GENTLE = {"scale": 0.2, "translate": 0.05}
+
 
 class PrunedTrainer(DetectionTrainer):  # type: ignore[misc]  # Ultralytics ships no types
     """Ultralytics' trainer for a pruned model: trains the network it is given instead of rebuilding one from
@@ -84,6 +90,7 @@ class RecoveryTrainer(PrunedTrainer):
             "project": str(folder),
             "name": "training",
             "exist_ok": True,
+            **(_GENTLE if recovery.epochs <= _SHORT else {}),
             **recovery.options,
         }
         # Ultralytics starts every experiment logger it finds installed, MLflow first; a trial is recorded by

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,34 @@ def test_a_recovery_keeps_the_widths_and_returns_the_best_weights(
     assert task.evaluate(task.predictor(model)) == pytest.approx(best, abs=1e-6)
     assert any(not torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("epochs", "options", "scale", "translate"),
+    [(10, {}, 0.2, 0.05), (10, {"scale": 0.4}, 0.4, 0.05), (11, {}, 0.5, 0.1)],
+)
+def test_a_short_recovery_changes_its_images_little(
+    task: DetectionTask,
+    pruned: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    epochs: int,
+    options: dict[str, float],
+    scale: float,
+    translate: float,
+) -> None:
+    seen: list[Any] = []
+
+    def train(trainer: Any) -> None:
+        seen.append(trainer.args)
+        trainer.ema = SimpleNamespace(ema=trainer.model)
+
+    monkeypatch.setattr("objectives.detection.task.RecoveryTrainer.train", train)
+    recovery = Recovery(epochs=epochs, device="cpu", reestimate_images=0, options=options)
+    task.recover(pruned, recovery, tmp_path, lambda *_: True)
+    (args,) = seen
+    assert (args.scale, args.translate) == (scale, translate)
+    assert args.batch == args.nbs == 2  # as small as may be, for as many steps as so few images give
 
 
 def test_training_that_makes_it_worse_is_undone(task: DetectionTask, tmp_path: Path) -> None:
