@@ -29,6 +29,8 @@ Floats = NDArray[np.float64]
 
 #: Plans predicted at once: features of more would not stay in a processor's cache.
 _CHUNK = 256
+#: Share of all layers of all plans that may differ from the first plan's for these alone to be computed.
+_FEW = 0.3
 
 
 def term_names(steps: Sequence[int]) -> tuple[str, ...]:
@@ -150,11 +152,26 @@ class LatencyModel:
         base_in, base_out, coefficients = self._arrays
         ins, outs = self._checked(in_widths, 2), self._checked(out_widths, 2)
         result = np.full(len(ins), float(self.other_ms))
+        differ = (ins != ins[:1]) | (outs != outs[:1])
+        if len(ins) > 1 and differ.mean() < _FEW:
+            # Only layers that are not as in the first plan, each as a network of its own.
+            plan, layer = differ.nonzero()
+            first = self._layers_ms(ins[0], outs[0], np.arange(len(base_in)))
+            more = self._layers_ms(ins[plan, layer], outs[plan, layer], layer) - first[layer]
+            result += first.sum() + np.bincount(plan, weights=more, minlength=len(ins))
+            return result
         flat = coefficients.ravel()
         for start in range(0, len(ins), _CHUNK):
             part = slice(start, start + _CHUNK)
             found = terms(ins[part], outs[part], base_in, base_out, self.steps)
             result[part] += found.reshape(len(found), -1) @ flat
+        return result
+
+    def _layers_ms(self, ins: Floats, outs: Floats, layers: NDArray[np.int64]) -> Floats:
+        """Latency of n layers at widths `(n,)`, any layer any number of times; result `(n,)` in ms."""
+        base_in, base_out, coefficients = self._arrays
+        found = terms(ins[None], outs[None], base_in[layers], base_out[layers], self.steps)[0]
+        result: Floats = np.einsum("nt,nt->n", found, coefficients[layers])
         return result
 
     def gradient(self, in_widths: ArrayLike, out_widths: ArrayLike) -> tuple[Floats, Floats]:

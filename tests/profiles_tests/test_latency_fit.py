@@ -218,6 +218,21 @@ def test_coefficients_are_never_negative_and_survive_json() -> None:
     )
 
 
+@pytest.mark.parametrize("changed", [0, 1, 3, 12])
+def test_plans_that_differ_in_few_layers_are_predicted_like_each_alone(changed: int) -> None:
+    rng = np.random.default_rng(changed)
+    steps, layers = (1, 8), 12
+    coefficients = rng.random((layers, len(term_names(steps))))
+    ins, outs = rng.integers(1, 65, (2, layers))
+    model = LatencyModel("fitted", tuple(ins), tuple(outs), tuple(map(tuple, coefficients)), 0.5, steps)
+    widths = np.repeat(np.array([ins, outs], dtype=float)[:, None], 40, axis=1)
+    for plan in range(40):
+        for layer in rng.permutation(layers)[:changed]:
+            widths[:, plan, layer] = rng.integers(1, [ins[layer] + 1, outs[layer] + 1])
+    alone = [float(model.predict_many(*widths[:, [plan]])[0]) for plan in range(40)]
+    np.testing.assert_allclose(model.predict_many(*widths), alone, rtol=1e-12)
+
+
 def test_too_little_or_foreign_data_is_refused() -> None:
     found = [measured(FakeDevice(), variant, 0.0) for variant in (Variant(), *trial_variants()[:3])]
     layers = layers_of(found[0])
