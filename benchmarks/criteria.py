@@ -5,7 +5,8 @@ Run: `uv run python benchmarks/criteria.py [--check]`; a short look: `--ways cor
 YOLOv8n on blood cells at 320 px. Every way of choosing (criterion, allocation, beta, cost, steps) is brought
 to the same measured latency: the ratio is moved until the exported model, measured in turns with the unpruned
 one, takes 65%, 45% and 30% of its time. Then all are trained back alike, with several seeds. What is compared
-is the mean accuracy, beside the spread between seeds.
+is the mean accuracy, beside the spread between seeds. The row `unpruned` is the whole model trained alike:
+what can be hoped for.
 
 Ways: every criterion with `rank` (beta 0), `uniform`, `knapsack` and `sensitivity` (beta 0.25); `taylor` with
 `rank` at beta 0.5; `complexity` over parameters, MACs and memory (random filters); and ours, `taylor` with
@@ -89,10 +90,14 @@ class Way:
 
     @property
     def name(self) -> str:
+        if self == UNPRUNED:
+            return "unpruned"
         steps = f", {self.steps} steps" if self.steps > 1 else ""
         return f"{self.criterion}, {self.allocation}, beta {self.beta:g}, {self.cost}{steps}"
 
 
+#: Nothing removed: a row of its own at all of the latency.
+UNPRUNED, WHOLE = Way("", ""), 1.0
 #: Beta is a search variable: small ones keep more at shallow cuts, large ones at deep cuts. At each point the
 #: better of the two counts.
 OURS = tuple(Way("taylor", "sensitivity", beta, "marginal") for beta in (0.25, 1.0))
@@ -111,6 +116,7 @@ STEPS = tuple(
 ALL = tuple(
     dict.fromkeys(
         (
+            UNPRUNED,
             *CORE,
             *STEPS,
             *(Way(c, a) for c in CRITERIA for a in ("rank", "uniform", "knapsack")),
@@ -185,8 +191,12 @@ def reach(way: Way, point: float, bench: Bench, folder: Path) -> tuple[PruningPl
 
 
 def run_way(way: Way, point: float, seeds: int, bench: Bench, folder: Path) -> Row:
-    plan, ratio, found = reach(way, point, bench, folder)
     task = bench.task
+    if way == UNPRUNED:
+        plan, ratio, latency, interval = PruningPlan(task.model_key, {}), 0.0, 1.0, (1.0, 1.0)
+    else:
+        plan, ratio, found = reach(way, point, bench, folder)
+        latency, interval = found.ratio, found.ratio_ci
     after = []
     before = 0.0
     for seed in range(seeds):
@@ -202,13 +212,13 @@ def run_way(way: Way, point: float, seeds: int, bench: Bench, folder: Path) -> R
                 lambda done, epochs, accuracy, into=accuracies: into.append(accuracy) is None,
             )
         after.append(max(accuracies))
-    return Row(way.name, point, ratio, found.ratio, found.ratio_ci, before, tuple(after))
+    return Row(way.name, point, ratio, latency, interval, before, tuple(after))
 
 
 def missed_targets(rows: Sequence[Row]) -> list[str]:
     by = {(row.way, row.point): row for row in rows}
     missed = []
-    for point in sorted({row.point for row in rows}, reverse=True):
+    for point in sorted({row.point for row in rows} - {WHOLE}, reverse=True):
         found = [by[way.name, point] for way in OURS if (way.name, point) in by]
         others = [by[way.name, point] for way in BEATEN if (way.name, point) in by]
         if len(found) < len(OURS) or len(others) < len(BEATEN):
@@ -285,7 +295,7 @@ def main() -> int:
     if not ways:
         known = "; ".join(way.name for way in SETS[args.ways])
         parser.error(f"--only must match one of the ways {known}; got {args.only}")
-    criteria = tuple(dict.fromkeys(way.criterion for way in ways))
+    criteria = tuple(dict.fromkeys(way.criterion for way in ways if way != UNPRUNED)) or ("taylor",)
     rows = read_rows(args.keep) if args.keep and args.keep.exists() else []
     with tempfile.TemporaryDirectory() as work:
         # Scores and curves are worth keeping beside the rows.
@@ -305,7 +315,9 @@ def main() -> int:
         profile = shop.profile(device)
         done = {(row.way, row.point) for row in rows}
         points = [float(point) for point in args.points.split(",")]
-        left = [(way, point) for point in points for way in ways if (way.name, point) not in done]
+        wanted = [(way, point) for point in points for way in ways if way != UNPRUNED]
+        wanted += [(way, WHOLE) for way in ways if way == UNPRUNED]
+        left = [(way, point) for way, point in wanted if (way.name, point) not in done]
         bench = Bench(
             task=shop.task,
             device=device,

@@ -7,7 +7,9 @@ On BCCD (YOLOv8n, `examples/bccd.yaml`) or any classification study file, one de
 - `grid`: the same with the paper's allocation, `rank`, over its grid of betas and ratios.
 - `plain-tpe`, `plain-nsga2`: the loop that a user would write today. In every trial a fresh Optuna
   suggestion, scores computed and layers profiled anew (without variants), a share of the channels pruned by
-  `rank`, the model trained, exported and measured; no known points, nothing stopped.
+  `rank`, the model trained, exported and measured; no known points, nothing stopped. A detector is trained
+  with Ultralytics' own settings and no batch norm is re-estimated; with `--plain-training ours` everything is
+  trained alike.
 
 All but ours train every trial for `finetune.epochs`, since only a search that compares trials can tell which
 of them deserve `stopping.extra_epochs`; `--set finetune.epochs=6` gives all trials as many.
@@ -65,6 +67,12 @@ PLAIN_SETTINGS = (
     "search.allocation=rank", "profile.model=linear", "search.ratio_of=channels",
     "search.ratio={low: 0.1, high: 0.8}",
 )  # fmt: skip
+#: What `YOLO(...).train()` does where it is told nothing but epochs; its mosaics are off in the last ten as
+#: well.
+STOCK_SETTINGS = (
+    "finetune.batch=16", "finetune.reestimate_images=0", "finetune.options={optimizer: auto, nbs: 64, "
+    "lrf: 0.01, warmup_epochs: 3.0, warmup_bias_lr: 0.1, scale: 0.5, translate: 0.1}",
+)  # fmt: skip
 #: Steps of a trial that are the work itself; everything else is overhead.
 WORK = ("recover", "measure")
 MANY = 100_000
@@ -113,12 +121,12 @@ class Clocked:
     def record(self, result: TrialResult, folder: Path, front: ParetoFront | None) -> None: ...
 
 
-def settings(way: str) -> list[str]:
-    """What a way of searching sets in the study file."""
+def settings(way: str, stock: Sequence[str]) -> list[str]:
+    """What a way of searching sets in the study file; `stock` is how plain loops train."""
     if way in ("random", "grid"):
         chosen = [f"search.sampler={way}", "stopping.enabled=false", "screening.keep=0"]
         return chosen if way == "random" else [*chosen, "search.allocation=rank"]
-    return [*PLAIN_SETTINGS] if way in PLAIN else []
+    return [*PLAIN_SETTINGS, *stock] if way in PLAIN else []
 
 
 def prepare(study: StudyFile, device: str, folder: Path) -> dict[str, float]:
@@ -229,6 +237,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--only", default=",".join(WAYS), help="ways, separated by commas")
+    parser.add_argument("--plain-training", choices=("stock", "ours"), default="stock")
     parser.add_argument("--set", action="append", default=[], help="as in paretoprune search")
     parser.add_argument("--dir", type=Path, default=Path("runs/benchmark-search"))
     parser.add_argument("--json", action="store_true")
@@ -242,12 +251,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [way for way in ways if way not in WAYS]:
         parser.error(f"--only must be some of {', '.join(WAYS)}, got {unknown[0]}")
     curves = {way: [] for way in ways}
+    is_detector = isinstance(load_study_file(options.study, options.set).model, str)
+    stock = STOCK_SETTINGS if is_detector and options.plain_training == "stock" else ()
     begun = options.dir / datetime.now().strftime("%Y%m%d-%H%M%S")
     taken: dict[str, dict[str, float]] = {}
     for seed in range(options.first_seed, options.first_seed + options.seeds):
         for way in ways:
             note(f"{way}, seed {seed}")
-            chosen = [f"seed={seed}", *options.set, *settings(way)]
+            chosen = [f"seed={seed}", *options.set, *settings(way, stock)]
             folder = begun / f"{way}-{seed}"
             study = load_study_file(options.study, chosen, folder)
             device = options.device or study.devices[-1].name
