@@ -180,13 +180,13 @@ class StoppingSection(Section):
 
     Attributes:
         enabled: False runs every trial to its end.
-        margin: what an expected accuracy must fall short by before it decides, as a share of the unpruned
-            model's accuracy.
+        margin: what an expected accuracy must fall short by before it decides, and what an epoch must bring
+            for more to be worth it, as a share of the unpruned model's accuracy.
         after: complete trials needed before anything is expected of others.
         halving: after epochs 1, 2, 4, ... the best `1 / halving` of the trials so far go on, by
             non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
         extra_epochs: for a trial that is on the front after its recovery, by what all had after as many
-            epochs, and whose last epoch was its best.
+            epochs, and that its last epoch made better by more than `margin`.
     """
 
     enabled: bool = True

@@ -42,7 +42,7 @@ class Gate(Protocol):
 
     def epoch(self, done: int, epochs: int, accuracy: float) -> str | None: ...
 
-    def extra_epochs(self, accuracy: float) -> int: ...
+    def extra_epochs(self) -> int: ...
 
 
 class OpenGate:
@@ -60,7 +60,7 @@ class OpenGate:
     def epoch(self, done: int, epochs: int, accuracy: float) -> str | None:
         return None
 
-    def extra_epochs(self, accuracy: float) -> int:
+    def extra_epochs(self) -> int:
         return 0
 
 
@@ -214,11 +214,12 @@ class FrontGate:
             f"{own[0]:.2f} ms, and the best 1/{self.rules.halving} go on"
         )
 
-    def extra_epochs(self, accuracy: float) -> int:
-        """Epochs more for a trial that is still rising, and on the front as it stood after as many epochs of
-        every trial.
+    def extra_epochs(self) -> int:
+        """Epochs more for a trial whose last one brought more than the margin, and that is on the front as it
+        stood after as many epochs of every trial.
         """
-        if len(self._curve) < 2 or self._curve[-1] < max(self._curve):
+        *before, accuracy = self._curve
+        if not before or accuracy <= max(before) + self._margin:
             return 0
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:

@@ -219,7 +219,7 @@ def test_extra_epochs_go_to_the_front() -> None:
         trial = started(*others, extra_epochs=extra_epochs, **keys)
         for done, seen in enumerate((0.0, 0.05, accuracy)):
             trial.epoch(done, 2, seen)
-        return trial.extra_epochs(accuracy)
+        return trial.extra_epochs()
 
     assert granted(0.51, *CURVES) == 2
     assert granted(0.5, *CURVES) == 0
@@ -234,13 +234,21 @@ def test_extra_epochs_go_to_the_front() -> None:
 
 
 @pytest.mark.parametrize(
-    ("curve", "granted"), [((0.5, 0.6, 0.7), 2), ((0.7, 0.6, 0.65), 0), ((0.5, 0.7, 0.65), 0), ((0.7,), 0)]
+    ("curve", "granted"),
+    [
+        ((0.5, 0.6, 0.7), 2),
+        ((0.5, 0.69, 0.71), 2),
+        ((0.5, 0.69, 0.7), 0),  # by less than the margin, 2% of 0.8
+        ((0.7, 0.6, 0.65), 0),
+        ((0.5, 0.7, 0.65), 0),
+        ((0.7,), 0),
+    ],
 )
 def test_extra_epochs_need_a_curve_that_rises(curve: tuple[float, ...], granted: int) -> None:
-    trial = started(*CURVES, extra_epochs=2)
+    trial = started(*CURVES, extra_epochs=2, margin=0.02)
     for done, accuracy in enumerate(curve):
         trial.epoch(done, 2, accuracy)
-    assert trial.extra_epochs(max(curve)) == granted
+    assert trial.extra_epochs() == granted
 
 
 @pytest.mark.parametrize(("limit_ms", "granted"), [(14.0, 0), (15.0, 2)])
@@ -249,7 +257,7 @@ def test_no_extra_epochs_beyond_the_latency_limit(limit_ms: float, granted: int)
     assert uncertain.measured(0.725, (0.65, 0.8), 1.0) is None  # 14.5 ms, perhaps 13
     for done, accuracy in enumerate((0.5, 0.6, 0.7)):
         uncertain.epoch(done, 2, accuracy)
-    assert uncertain.extra_epochs(0.7) == granted
+    assert uncertain.extra_epochs() == granted
 
 
 def test_a_trial_may_reach_the_front_by_extra_epochs() -> None:

@@ -409,8 +409,8 @@ class StopAt(OpenGate):
     def epoch(self, done: int, epochs: int, accuracy: float) -> str | None:
         return self._answer(f"epoch {done}", accuracy)
 
-    def extra_epochs(self, accuracy: float) -> int:
-        self.asked.append(("extra", accuracy))
+    def extra_epochs(self) -> int:
+        self.asked.append(("extra",))
         return self.extra
 
 
