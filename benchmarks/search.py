@@ -67,8 +67,7 @@ PLAIN_SETTINGS = (
     "search.allocation=rank", "profile.model=linear", "search.ratio_of=channels",
     "search.ratio={low: 0.1, high: 0.8}",
 )  # fmt: skip
-#: What `YOLO(...).train()` does where it is told nothing but epochs; its mosaics are off in the last ten as
-#: well.
+#: What `YOLO(...).train()` does where it is told nothing but epochs.
 STOCK_SETTINGS = (
     "finetune.batch=16", "finetune.reestimate_images=0", "finetune.options={optimizer: auto, nbs: 64, "
     "lrf: 0.01, warmup_epochs: 3.0, warmup_bias_lr: 0.1, scale: 0.5, translate: 0.1}",

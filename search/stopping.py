@@ -218,15 +218,14 @@ class FrontGate:
         """Epochs more for a trial whose last one brought more than the margin, and that is on the front as it
         stood after as many epochs of every trial.
         """
-        *before, accuracy = self._curve
-        if not before or accuracy <= max(before) + self._margin:
+        if len(self._curve) < 2 or self._curve[-1] <= max(self._curve[:-1]) + self._margin:
             return 0
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0
         rivals = [r for r in self._complete() if (r.latency_ms or math.inf) <= self._latency_ms]
         best = max((self._then(r) for r in rivals), default=-math.inf)
-        return self.rules.extra_epochs if best < accuracy else 0
+        return self.rules.extra_epochs if best < self._curve[-1] else 0
 
     def _then(self, result: TrialResult) -> float:
         """A trial's accuracy after as many epochs as this one has had."""

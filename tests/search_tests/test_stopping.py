@@ -242,6 +242,7 @@ def test_extra_epochs_go_to_the_front() -> None:
         ((0.7, 0.6, 0.65), 0),
         ((0.5, 0.7, 0.65), 0),
         ((0.7,), 0),
+        ((), 0),
     ],
 )
 def test_extra_epochs_need_a_curve_that_rises(curve: tuple[float, ...], granted: int) -> None:
