@@ -218,7 +218,7 @@ def recover(
     recovery = bench.recovery
     with host_lock("training"):
         model = bench.task.recover(model, recovery, folder, heard)
-        extra = gate.extra_epochs() if seen and not reason else 0
+        extra = 0 if reason else gate.extra_epochs()  # a gate that saw no epoch gives none
         if extra:  # batch norm was re-estimated already, and epoch 0 is where the first run ended
             total = recovery.epochs + extra
             more = replace(recovery, epochs=extra, reestimate_images=0)
