@@ -209,12 +209,11 @@ class ClassificationTask:
         with cpu_threads(recovery.threads), torch.random.fork_rng(devices=devices):
             torch.manual_seed(recovery.seed)
             model = model.to(device)
-            best = BestWeights()
-            best.offer(model, self._accuracy(model.eval()))
             if recovery.reestimate_images:
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
                 reestimate_batchnorm(model, (b.images.to(device) for b in batches))
-                best.offer(model, self._accuracy(model.eval()))
+            best = BestWeights()
+            best.offer(model, self._accuracy(model.eval()))
 
             def judge(done: int, epochs: int, accuracy: float) -> bool:
                 best.offer(model, accuracy)

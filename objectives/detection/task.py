@@ -175,13 +175,12 @@ class DetectionTask:
                 return self.evaluate(as_predictor(self.deployable(trained), device))
 
         with cpu_threads(recovery.threads):
-            best = BestWeights()
-            best.offer(model, accuracy(model))
             if recovery.reestimate_images:
                 model.to(device)
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
                 reestimate_batchnorm(model, batches, self.outputs)
-                best.offer(model, accuracy(model))
+            best = BestWeights()
+            best.offer(model, accuracy(model))
             if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
                 batch = recovery.batch_for(len(self._dataset("train")), *_BATCHES)
                 trainer = RecoveryTrainer(

@@ -120,7 +120,11 @@ def test_calibration_is_the_same_every_time_and_spread_out(task: DetectionTask) 
 
 
 def test_a_recovery_keeps_the_widths_and_returns_the_best_weights(
-    task: DetectionTask, plan: PruningPlan, pruned: nn.Module, tmp_path: Path
+    task: DetectionTask,
+    plan: PruningPlan,
+    pruned: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[tuple[int, int, float]] = []
     before = copy.deepcopy(pruned.state_dict())
@@ -131,7 +135,15 @@ def test_a_recovery_keeps_the_widths_and_returns_the_best_weights(
         return True
 
     recovery = Recovery(epochs=2, lr=1e-3, batch=4, device="cpu", reestimate_images=12)
-    model = task.recover(pruned, recovery, tmp_path, on_epoch)
+    with monkeypatch.context() as patch:
+        judged: list[float] = []
+        evaluate = task.evaluate
+        patch.setattr(
+            DetectionTask, "evaluate", lambda self, predict: judged.append(evaluate(predict)) or judged[-1]
+        )
+        model = task.recover(pruned, recovery, tmp_path, on_epoch)
+    # Once before training: what the unpruned network's statistics would give is not asked.
+    assert judged == [accuracy for _, _, accuracy in told]
     check_widths(model, plan)
     assert [(done, epochs) for done, epochs, _ in told] == [(0, 2), (1, 2), (2, 2)]
     assert told[0][2] >= untouched
