@@ -157,7 +157,7 @@ class Task(Protocol):
         `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated) and after
         each epoch. What is returned is the state with the best accuracy of all these. The state before
         re-estimation is not asked: a detector cut deeply finds thousands of boxes everywhere with the
-        unpruned network's statistics, and judging these takes three times as long as judging its recovery.
+        unpruned network's statistics, and judging these takes longer than judging its recovery.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite.
