@@ -322,6 +322,8 @@ def main() -> int:
             task=shop.task,
             device=device,
             fingerprint=device.fingerprint,
+            model_key=shop.task.model_key,
+            seed=study.seed,
             groups=shop.groups,
             scores={criterion: shop.scores(criterion) for criterion in criteria},
             profile=profile,

@@ -53,8 +53,9 @@ sys.path[:] = [str(ROOT), *(place for place in sys.path if Path(place).resolve()
 from search.bench import Shop  # noqa: E402
 from search.front import ParetoFront  # noqa: E402
 from search.loop import run_search  # noqa: E402
+from search.params import params_at  # noqa: E402
 from search.result import TrialParams, TrialResult  # noqa: E402
-from search.space import params_at, searched_space  # noqa: E402
+from search.space import searched_space  # noqa: E402
 from search.studyfile import StudyFile, load_study_file  # noqa: E402
 from search.trial import run_trial  # noqa: E402
 from search.workspace import Workspace  # noqa: E402

@@ -47,12 +47,13 @@ import search.loop  # noqa: E402  # The repository is not installed as a package
 from search.bench import Shop  # noqa: E402
 from search.front import ParetoFront  # noqa: E402
 from search.loop import run_search  # noqa: E402
+from search.params import params_at  # noqa: E402
 from search.planning import make_plan, rerank  # noqa: E402
 from search.prediction import predict_ms  # noqa: E402
 from search.proxy import promise, score_kept  # noqa: E402
 from search.rerank import group_scores  # noqa: E402
 from search.result import TrialParams, TrialResult  # noqa: E402
-from search.space import params_at, searched_space  # noqa: E402
+from search.space import searched_space  # noqa: E402
 from search.stopping import Gate, OpenGate  # noqa: E402
 from search.studyfile import StudyFile, load_study_file  # noqa: E402
 from search.trial import Bench  # noqa: E402

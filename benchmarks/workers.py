@@ -74,8 +74,10 @@ def make_bench(device: Any) -> Any:
     task: Any = SimpleNamespace(model_key="m", data_key="d", input_shape=shape, metric="top-1")
     nothing: Any = SimpleNamespace()
     return Bench(
-        task, device, "print", groups, {"taylor": scores}, profile, nothing, Recovery(), 4, 0.01, 1.0
-    )
+        task=task, device=device, fingerprint="print", model_key="model", groups=groups,
+        scores={"taylor": scores}, profile=profile, baseline=nothing, recovery=Recovery(), min_channels=4,
+        latency_target=0.01, latency_limit_s=1.0,
+    )  # fmt: skip
 
 
 def study_file(folder: Path, storage: str, trials: int, sampler: str) -> Any:

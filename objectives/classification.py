@@ -124,6 +124,11 @@ class ClassificationTask:
     def model_key(self) -> str:
         return model_digest(self._original)
 
+    @property
+    def sources(self) -> list[Path]:
+        weights = [] if self.weights is None else [self.folder / self.weights]
+        return [*weights, *self._images.sources]
+
     @cached_property
     def data_key(self) -> str:
         return hashlib.sha256(repr((self._images.key, self.mean, self.std)).encode()).hexdigest()

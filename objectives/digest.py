@@ -1,9 +1,17 @@
-"""Digests that say whether two models, or two data sets, are the same. Knows no framework."""
+"""Digests that say whether two models, or two data sets, are the same, and whether files may have changed.
+
+Knows no framework.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+import sys
+import sysconfig
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,3 +44,56 @@ def files_digest(files: Iterable[Path], root: Path, content: Iterable[str] = (".
         if file.suffix in suffixes:
             digest.update(file.read_bytes())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a set of files and folders looks like from outside, without reading them.
+
+    Attributes:
+        digest: sha256 of names, sizes and times of change.
+        newest: the latest change, in seconds of the epoch; 0 where nothing is there.
+    """
+
+    digest: str
+    newest: float
+
+
+def stamp(paths: Iterable[Path]) -> Stamp:
+    """A stamp of files, and of the files that lie directly in folders; that a path is missing counts too.
+
+    Folders inside a folder count by name: they change with what others put there.
+    """
+    digest, newest = hashlib.sha256(), 0.0
+    for path in paths:
+        entries = sorted(os.scandir(path), key=lambda e: e.name) if path.is_dir() else [path]
+        digest.update(f"{path}:{len(entries)};".encode())
+        for entry in entries:
+            try:
+                state = entry.stat()
+            except FileNotFoundError:
+                digest.update(f"{entry.name}:missing;".encode())
+                continue
+            if stat.S_ISDIR(state.st_mode):
+                digest.update(f"{entry.name}/;".encode())
+                continue
+            digest.update(f"{entry.name}:{state.st_size}:{state.st_mtime_ns};".encode())
+            newest = max(newest, state.st_mtime)
+    return Stamp(digest.hexdigest(), newest)
+
+
+def loaded_code() -> list[Path]:
+    """Files of the modules that this process has loaded, without Python's own and installed packages.
+
+    Code that may be another the next time.
+    """
+    known = sysconfig.get_paths()
+    installed = {str(Path(known[name]).resolve()) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+    found = set()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if file and not str(Path(file).resolve()).startswith(
+            tuple(f"{folder}{os.sep}" for folder in installed)
+        ):
+            found.add(Path(file))
+    return sorted(found)

@@ -54,6 +54,7 @@ class ImageData:
         key: sha256 digest of what was read and at which size.
         resize: how an image of another size is brought to this one: "scale" as a whole, or "crop", scaled on
             its shorter side and cut in the centre.
+        sources: the files, and folders of files, that were read.
     """
 
     train: LabelledImages
@@ -61,6 +62,7 @@ class ImageData:
     classes: tuple[str, ...]
     key: str
     resize: str
+    sources: tuple[Path, ...]
 
 
 def open_images(path: Path, imgsz: int | None = None) -> ImageData:
@@ -127,7 +129,8 @@ def _open_npz(path: Path, imgsz: int | None) -> ImageData:
     for name in names:
         digest.update(np.ascontiguousarray(arrays[name]).data)
     count = int(max(train.labels.max(), val.labels.max())) + 1
-    return ImageData(train, val, tuple(str(i) for i in range(count)), digest.hexdigest(), "scale")
+    classes = tuple(str(i) for i in range(count))
+    return ImageData(train, val, classes, digest.hexdigest(), "scale", (path,))
 
 
 def _array_reader(x: NDArray[np.uint8], size: tuple[int, int]) -> Callable[[NDArray[np.int64]], Tensor]:
@@ -177,7 +180,9 @@ def _open_folder(path: Path, imgsz: int) -> ImageData:
     }
     files = [file for samples in found.values() for file, _ in samples]
     key = f"{files_digest(files, path)}-{imgsz}"
-    return ImageData(splits["train"], splits["val"], tuple(classes), key, "crop")
+    folders = [path / "train", path / "val"]  # a class more shows in them, an image more in its class's own
+    folders += sorted(p for split in tuple(folders) for p in split.rglob("*") if p.is_dir())
+    return ImageData(splits["train"], splits["val"], tuple(classes), key, "crop", tuple(folders))
 
 
 @dataclass(eq=False)

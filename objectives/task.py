@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 #: That an epoch of a recovery should have where the task chooses the batch.
 STEPS = 100
@@ -88,13 +90,8 @@ class Traceable:
     fixed: frozenset[str] = frozenset()
 
 
-class Task(Protocol):
-    """A model with its data. Built from a study file; raises ValueError for unusable input when built."""
-
-    @property
-    def metric(self) -> str:
-        """Name of the accuracy, "mAP50-95" or "top-1"; in [0, 1], higher is better."""
-        ...
+class TaskKeys(Protocol):
+    """What names a task's model and data: all that is needed to look up what is known of them."""
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:
@@ -109,6 +106,22 @@ class Task(Protocol):
     @property
     def data_key(self) -> str:
         """Digest of the data the scores and the accuracy depend on."""
+        ...
+
+
+class Task(TaskKeys, Protocol):
+    """A model with its data. Built from a study file; raises ValueError for unusable input when built."""
+
+    @property
+    def metric(self) -> str:
+        """Name of the accuracy, "mAP50-95" or "top-1"; in [0, 1], higher is better."""
+        ...
+
+    @property
+    def sources(self) -> list[Path]:
+        """Files, and folders of files, that both keys were computed from; while none changes, neither do the
+        keys. Code does not count.
+        """
         ...
 
     def load_model(self) -> nn.Module:

@@ -6,7 +6,6 @@ neither Optuna nor MLflow.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -16,7 +15,6 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,34 +23,32 @@ from objectives.compute import full_precision, resolve_device
 from objectives.placed import placed_on
 from objectives.task import Recovery, Task
 from profiles.artifact import Artifact, export_artifact
-from profiles.cache import Cache
 from profiles.device import Device
 from profiles.latency_profile import LatencyProfile, build_profile
 from profiles.lock import host_lock
 from profiles.variants import Variant
 
 from .costs import WidthCost
-from .criteria import WITH_IMAGES, compute_scores, scores_data_key
+from .criteria import WITH_IMAGES, compute_scores
 from .depth import Block, block_scores, find_blocks
 from .groups import ChannelGroups, find_groups, is_selected
+from .loss_curves import measure_curves
 from .model_files import Exported, export_like
 from .open_task import open_task
 from .plan import PruningPlan
 from .prune import prune
+from .recall import Recalled, remember, remember_device
 from .rerank import group_scores
-from .rescore import rescore, rescored_data_key
+from .rescore import rescore
 from .scores import ChannelScores
-from .sections import Choices
-from .sensitivity import LossCurves, measure_curves
+from .sensitivity import LossCurves
+from .shelf import Notice, Shelf
 from .studyfile import StudyFile, StudyFileError
 from .trial import Bench
 from .variant_plan import variant_plan
 from .workspace import Workspace, write_json
 
 _log = logging.getLogger("paretoprune")
-
-#: Called with a line about something long that begins or was found done.
-Notice = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -64,12 +60,18 @@ class Shop:
     notice: Notice = _log.info
 
     @cached_property
+    def _since(self) -> float:
+        """When the task began to be opened, in seconds of the epoch."""
+        return time.time()
+
+    @cached_property
     def task(self) -> Task:
         """The task of the study file.
 
         Raises:
             StudyFileError: the model or the data cannot be used; the message says which and why.
         """
+        _ = self._since
         try:
             return open_task(self.study)
         except ValueError as error:
@@ -102,21 +104,18 @@ class Shop:
             options=dict(section.options),
         )
 
-    @property
-    def criteria(self) -> tuple[str, ...]:
-        """Every criterion that a trial of this study may ask for."""
-        criterion = self.study.search.criterion
-        return criterion.choices if isinstance(criterion, Choices) else (criterion,)
+    @cached_property
+    def shelf(self) -> Shelf:
+        """What is kept of this study."""
+        return Shelf(self.study, self.workspace, self.task, self.notice)
 
     @property
-    def _calibration(self) -> dict[str, Any]:
-        section = self.study.calibration
-        return {
-            "images": section.images,
-            "batch": section.batch,
-            "loss": section.loss,
-            "seed": self.study.seed,
-        }
+    def criteria(self) -> tuple[str, ...]:
+        return self.shelf.criteria
+
+    @property
+    def curve_criteria(self) -> tuple[str, ...]:
+        return self.shelf.curve_criteria
 
     @cached_property
     def _placed(self) -> Task:
@@ -133,7 +132,8 @@ class Shop:
 
     def scores(self, criterion: str, *, refresh: bool = False) -> ChannelScores:
         """Cached scores, computed where they are missing."""
-        images, batch = self._calibration["images"], self._calibration["batch"]
+        settings = self.shelf.calibration
+        images, batch = settings["images"], settings["batch"]
         sample = f" on {images} images" if criterion in WITH_IMAGES else ""
 
         def compute() -> ChannelScores:
@@ -141,52 +141,29 @@ class Shop:
             return compute_scores(
                 criterion,
                 self._task_for(criterion),
-                **self._calibration,
+                **settings,
                 on_batch=lambda done: _log.debug("scores: batch %d of %d", done, -(-images // batch)),
             )
 
-        data_key = scores_data_key(criterion, self.task, **self._calibration)
         with self._alone(f"scores-{criterion}"):
-            return self._cached_scores(criterion, data_key, compute, refresh=refresh, notice=self.notice)
+            kept = None if refresh else self.shelf.scores(criterion)
+            if kept is None:
+                return self._keep_scores(compute)
+        self.notice(f"scores: {criterion} found in the cache")
+        return kept
 
     def rescore(self, criterion: str, plan: PruningPlan) -> ChannelScores:
         """Scores of what a plan of channels leaves, see `rescore`; cached like the unpruned network's."""
-        data_key = rescored_data_key(self.task, plan, criterion, self._calibration)
-        return self._cached_scores(
-            criterion,
-            data_key,
-            lambda: rescore(self._task_for(criterion), plan, criterion, self._calibration),
-        )
+        kept = self.shelf.scores(criterion, plan)
+        if kept is None:
+            task = self._task_for(criterion)
+            kept = self._keep_scores(lambda: rescore(task, plan, criterion, self.shelf.calibration))
+        return kept
 
-    def _cached_scores(
-        self,
-        criterion: str,
-        data_key: str,
-        compute: Callable[[], ChannelScores],
-        *,
-        refresh: bool = False,
-        notice: Notice = _log.debug,
-    ) -> ChannelScores:
-        name = f"{criterion}-{_short(self.task.model_key + data_key)}.safetensors"
-        path = self.workspace.cache / "scores" / name
-        if path.exists() and not refresh:
-            try:
-                cached = ChannelScores.load(path)
-                if (cached.criterion, cached.model_key, cached.data_key) == (
-                    criterion,
-                    self.task.model_key,
-                    data_key,
-                ):
-                    notice(f"scores: {criterion} found in the cache")
-                    return cached
-                self.notice(
-                    f"scores: the cached {criterion} belong to another model or other data; computing again"
-                )
-            except ValueError as error:
-                self.notice(f"scores: cache refused ({error}); computing again")
+    def _keep_scores(self, compute: Callable[[], ChannelScores]) -> ChannelScores:
         with host_lock("scores"), full_precision():
             scores = compute()
-        scores.save(path)
+        scores.save(self.shelf.scores_path(scores.criterion, scores.data_key))
         return scores
 
     @cached_property
@@ -214,14 +191,8 @@ class Shop:
         """Cached scores of the blocks, computed where they are missing."""
         if not self.blocks:
             return {}
-        settings = self._calibration
-        key = {
-            "blocks": [block.name for block in self.blocks],
-            "model_key": self.task.model_key,
-            "data_key": scores_data_key("taylor", self.task, **settings),
-        }
-        cache = Cache(self.workspace.cache)
-        cached = cache.get("blocks", key, lambda data: {str(k): float(v) for k, v in data.items()})
+        settings = self.shelf.calibration
+        cached = self.shelf.block_scores(self.blocks)
         if cached is not None:
             self.notice("block scores: found in the cache")
             return cached
@@ -230,15 +201,8 @@ class Shop:
         with host_lock("scores"), full_precision():
             batches = self.task.calibration(settings["images"], settings["batch"])
             found = block_scores(self._placed.load_model(), batches, loss, self.blocks)
-        cache.put("blocks", key, found)
+        self.shelf.cache.put("blocks", self.shelf.block_scores_key(self.blocks), found)
         return found
-
-    @property
-    def curve_criteria(self) -> tuple[str, ...]:
-        """Every criterion whose loss curves a trial of this study may ask for."""
-        allocation = self.study.search.allocation
-        words = allocation.choices if isinstance(allocation, Choices) else (allocation,)
-        return self.criteria if "sensitivity" in words else ()
 
     def curves(self, criterion: str, profile: LatencyProfile, *, refresh: bool = False) -> LossCurves:
         """Cached loss curves, measured where they are missing.
@@ -253,19 +217,7 @@ class Shop:
     def _curves(
         self, criterion: str, scores: ChannelScores, profile: LatencyProfile, refresh: bool
     ) -> LossCurves:
-        section = self.study.calibration
-        images = section.curve_images or section.images
-        batch = min(section.batch, images)
-        key = {
-            "criterion": criterion,
-            "model_key": self.task.model_key,
-            "data_key": scores_data_key("taylor", self.task, images=images, batch=batch, loss="task"),
-            "order": scores.data_key,
-            "groups": [group.name for group in self.groups.groups],
-            "min_channels": self.study.search.min_channels,
-        }
-        cache = Cache(self.workspace.cache)
-        cached = None if refresh else cache.get("curves", key, LossCurves.from_json)
+        cached = None if refresh else self.shelf.curves(scores, self.groups)
         if cached is not None and cached.is_whole:
             self.notice(f"loss curves: {criterion} found in the cache")
             return cached
@@ -278,7 +230,8 @@ class Shop:
                 left_s = (time.monotonic() - start) / found * (steps - done)
                 self.notice(f"loss curves: {done} of {steps} pruned networks, about {left_s:.0f} s left")
 
-        self.notice(f"loss curves: measuring every group on {images} images")
+        key = self.shelf.curves_key(scores, self.groups)
+        self.notice(f"loss curves: measuring every group on {self.shelf.curve_images} images")
         with full_precision():
             return measure_curves(
                 self._placed,
@@ -286,13 +239,13 @@ class Shop:
                 group_scores(scores.layers, self.groups),
                 WidthCost.of("macs", self.groups, profile),
                 criterion=criterion,
-                images=images,
-                batch=batch,
+                images=self.shelf.curve_images,
+                batch=self.shelf.curve_batch,
                 min_channels=self.study.search.min_channels,
                 known=() if cached is None else cached.stages,
                 on_step=on_step,
                 # Each stage takes minutes, and what an interruption leaves is gone on from.
-                on_stage=lambda curves: cache.put("curves", key, curves.to_json()),
+                on_stage=lambda curves: self.shelf.cache.put("curves", key, curves.to_json()),
             )
 
     def baseline(self, device: Device) -> Artifact:
@@ -334,11 +287,13 @@ class Shop:
         machine.
         """
         with self._alone(f"profile-{device.name}"):
-            return self._profile(device, refresh)
+            profile = self._profile(device, refresh)
+            remember_device(self.workspace, device)
+        return profile
 
     def _profile(self, device: Device, refresh: bool) -> LatencyProfile:
         if not refresh:
-            cached = self.cached_profile(device, device.fingerprint)
+            cached = self.shelf.profile(device, device.fingerprint)
             if cached is not None:
                 self.notice(f"profile: {device.name} found in the cache")
                 return cached
@@ -353,31 +308,8 @@ class Shop:
             progress=self.notice,
         )
         shutil.rmtree(folder, ignore_errors=True)  # a dozen models that nobody needs again
-        cache, key = self._profile_entry(device, device.fingerprint)
-        cache.put("profile", key, profile.to_json())
+        self.shelf.cache.put("profile", self.shelf.profile_key(device, device.fingerprint), profile.to_json())
         return profile
-
-    def cached_profile(self, device: Device, fingerprint: str) -> LatencyProfile | None:
-        """The profile in the cache, None where there is none that can be used; asks no device."""
-        cache, key = self._profile_entry(device, fingerprint)
-        return cache.get("profile", key, LatencyProfile.from_json)
-
-    def _profile_entry(self, device: Device, fingerprint: str) -> tuple[Cache, dict[str, Any]]:
-        search, variants = self.study.search, {}
-        if self.study.profile.model == "fitted":  # to variants in which these layers were narrowed
-            variants = {
-                "include": list(search.include),
-                "exclude": list(search.exclude),
-                "min_channels": search.min_channels,
-            }
-        return Cache(self.workspace.cache), {
-            "model_key": self.task.model_key,
-            "input_shape": list(self.task.input_shape),
-            "fingerprint": fingerprint,
-            "device": device.to_json(),
-            **self.study.profile.model_dump(),
-            **variants,
-        }
 
     def _variant(self, device: Device, variant: Variant, folder: Path) -> Artifact:
         """A randomly pruned version of the model, untrained: latency does not depend on the weights."""
@@ -398,10 +330,13 @@ class Shop:
         """Everything the trials of a device share."""
         recovery, _ = self.recovery, self._placed  # what is wrong with them shows before the minutes
         profile = self.profile(device)
+        self._remember()
         return Bench(
             task=self.task,
             device=device,
             fingerprint=device.fingerprint,
+            model_key=self.task.model_key,
+            seed=self.study.seed,
             groups=self.groups,
             scores={criterion: self.scores(criterion) for criterion in self.criteria},
             profile=profile,
@@ -417,6 +352,8 @@ class Shop:
             latency_limit_s=self.study.measure.limit_s,
         )
 
-
-def _short(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:24]
+    def _remember(self) -> None:
+        """What was found of the task, for plans that need not open it."""
+        task = self.task
+        found = Recalled(task.model_key, task.data_key, task.input_shape, self.groups, self.blocks)
+        remember(self.study, self.workspace, found, task.sources, self._since)

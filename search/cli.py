@@ -174,34 +174,12 @@ def plan(
     dir: Dir = None,
 ) -> None:
     """What would be removed, and the predicted latency. Trains nothing."""
-    from .planning import make_plan, rerank
-    from .space import fixed_params
-    from .studyfile import StudyFileError
-    from .tables import plan_json, plan_table, plan_title
+    from .preview import preview, write_plan_page
+    from .tables import plan_table
 
-    faults = [
-        f"--{key} must lie in {rule}, got {value:g}"
-        for key, value, rule, good in (
-            ("beta", beta, "[0, 1]", 0 <= beta <= 1),
-            ("ratio", ratio, "[0, 1)", 0 <= ratio < 1),
-        )
-        if not good
-    ]
-    if faults:
-        raise StudyFileError(study.name, faults)
-    file = _load(study, [*(set_ or []), f"search.beta={beta}", f"search.ratio={ratio}"], dir)
-    shop = _shop(file)
-    bench = shop.bench(file.device(device).device())
-    params = fixed_params(file.search, bench.profile.channel_multiple)
-    made = make_plan(params, rerank(params, bench), bench)
-    document = plan_json(made, params, bench)
+    document = preview(_load(study, set_, dir), device, beta=beta, ratio=ratio, notice=_dim)
     if html:
-        from .figures import plan_figure
-        from .report import write_figure
-
-        widths = {layer["layer"]: (layer["channels"], layer["kept"]) for layer in document["layers"]}
-        write_figure(html, plan_figure(plan_title(document), widths))
-        err.print(f"wrote {html}")
+        err.print(f"wrote {write_plan_page(html, document)}")
     if as_json:
         _print_json(document)
     else:
@@ -371,9 +349,11 @@ def _shop(file: StudyFile) -> Shop:
     from .bench import Shop
     from .workspace import Workspace
 
-    return Shop(
-        file, Workspace(file.folder), notice=lambda text: err.print(text, style="dim", highlight=False)
-    )
+    return Shop(file, Workspace(file.folder), notice=_dim)
+
+
+def _dim(text: str) -> None:
+    err.print(text, style="dim", highlight=False)
 
 
 def _devices(file: StudyFile, names: list[str] | None) -> list[str]:

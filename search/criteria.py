@@ -8,11 +8,13 @@ Knows no device and no plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from objectives.task import Task
+from objectives.task import Task, TaskKeys
 
 from .feature_rank import hrank
 from .groups import find_groups
+from .plan import PruningPlan
 from .scores import ChannelScores, FloatArray, taylor, taylor_rise, taylor_weight
 from .weight_scores import bn, fpgm, l1, random
 
@@ -91,7 +93,9 @@ def _layers(
             return random(model, find_groups(task.traceable(model), model), seed)
 
 
-def scores_data_key(criterion: str, task: Task, *, images: int, batch: int, loss: str, seed: int = 0) -> str:
+def scores_data_key(
+    criterion: str, task: TaskKeys, *, images: int, batch: int, loss: str, seed: int = 0
+) -> str:
     """What the scores depend on besides the model, and nothing else: other settings must not empty the cache.
 
     Raises:
@@ -106,3 +110,11 @@ def scores_data_key(criterion: str, task: Task, *, images: int, batch: int, loss
     shape = "x".join(str(side) for side in task.input_shape)
     key = f"{task.data_key}-{shape}-{images}"
     return f"{key}-{batch}-{loss}" if criterion in WITH_LOSS else key
+
+
+def rescored_data_key(task: TaskKeys, plan: PruningPlan, criterion: str, settings: Mapping[str, Any]) -> str:
+    """What scores of what a plan leaves depend on besides the model, see `rescore`: always the sample that
+    batch norm is re-estimated on.
+    """
+    unpruned = scores_data_key(criterion, task, **settings)
+    return f"{unpruned}-{settings['images']}-{settings['batch']}-{plan.digest}"

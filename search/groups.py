@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Side = Literal["out", "in"]
 IntArray = NDArray[np.int64]
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +219,49 @@ class ChannelGroups:
             tied=tuple(names for names in self.tied if kept.issuperset(names)),
             widths=self.widths,
             norms=self.norms,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format_version": FORMAT_VERSION,
+            "groups": [
+                {
+                    "name": group.name,
+                    "channels": group.channels,
+                    "members": [
+                        [m.layer, m.side, m.weighted, m.index.shape[1], m.index.ravel().tolist()]
+                        for m in group.members
+                    ],
+                }
+                for group in self.groups
+            ],
+            "tied": [list(names) for names in self.tied],
+            "widths": {layer: list(pair) for layer, pair in self.widths.items()},
+            "norms": dict(self.norms),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> ChannelGroups:
+        """Raises ValueError for another format version."""
+        if data.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"groups' format_version must be {FORMAT_VERSION}, got {data.get('format_version')!r}"
+            )
+        return cls(
+            groups=tuple(
+                ChannelGroup(
+                    group["name"],
+                    group["channels"],
+                    tuple(
+                        Member(layer, side, np.array(index, dtype=np.int64).reshape(-1, width), weighted)
+                        for layer, side, weighted, width, index in group["members"]
+                    ),
+                )
+                for group in data["groups"]
+            ),
+            tied=tuple(tuple(names) for names in data["tied"]),
+            widths={layer: (pair[0], pair[1]) for layer, pair in data["widths"].items()},
+            norms=dict(data["norms"]),
         )
 
 

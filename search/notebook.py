@@ -16,6 +16,7 @@ from .bench import Shop
 from .export import check_conditions, export_best, restore, trial_folder
 from .found import Found, fronts_of
 from .launch import launch
+from .preview import preview
 from .progress import ConsoleProgress
 from .review import figures, write_study_report
 from .sections import ModelSection
@@ -78,6 +79,14 @@ class Study:
             wanted = self.file.trials if trials is None else trials
             launch(self.file, names, trials=wanted, timeout_s=timeout_s, progress=progress)
         return self.front(devices)
+
+    def plan(self, device: str, beta: float, ratio: float) -> dict[str, Any]:
+        """What would be removed and the predicted latency, as `paretoprune plan --json`; trains nothing.
+
+        Raises:
+            StudyFileError: beta or ratio is out of range.
+        """
+        return preview(self.file, device, beta=beta, ratio=ratio, notice=self._shop.notice)
 
     def front(self, devices: Sequence[str] | str | None = None) -> pd.DataFrame:
         """The fronts' points: a row each, by device and latency, with the keys of `paretoprune front --json`

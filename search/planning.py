@@ -1,8 +1,8 @@
 """Steps 1 and 2 of a trial: the cached scores weighed by the device, and what goes by them.
 
 Everything that `search` may choose of a plan comes together here: criterion, cost, budget, allocation, steps
-and depth. Pure arithmetic on what the bench holds; only a schedule of several steps asks for scores that no
-cache holds yet, those of what is left.
+and depth. Pure arithmetic on what is known of the model and the device; only a schedule of several steps asks
+for scores that no cache holds yet, those of what is left.
 """
 
 from __future__ import annotations
@@ -23,33 +23,35 @@ from .result import TrialParams
 from .sensitivity import sensitivity
 
 if TYPE_CHECKING:
-    from .trial import Bench
+    from .evidence import Evidence
 
 #: Below every score: a channel that is gone goes first.
 _GONE = -1.0
 
 
-def rerank(params: TrialParams, bench: Bench, gone: PruningPlan | None = None) -> list[NDArray[np.float64]]:
+def rerank(
+    params: TrialParams, known: Evidence, gone: PruningPlan | None = None
+) -> list[NDArray[np.float64]]:
     """Step 1: the device's latency weighs the cached scores, equation (7), summed over groups.
 
     Args:
         gone: channels that are gone already: the scores are those of the network without them, and they
             themselves come first.
     """
-    groups = bench.groups
+    groups = known.groups
     counts = np.zeros(len(groups.groups))
     if gone is None:
-        scores = bench.scores[params.criterion].layers
+        scores = known.scores[params.criterion].layers
     else:
-        scores = bench.rescore(params.criterion, gone).layers
+        scores = known.rescore(params.criterion, gone).layers
         counts += [len(gone.removed.get(group.name, ())) for group in groups.groups]
     # With `sensitivity` beta weighs the measured loss instead.
     if params.allocation != "sensitivity" and params.cost == "layer":
-        result = group_scores(hardware_scores(scores, bench.delta_norm, params.beta), groups)
+        result = group_scores(hardware_scores(scores, known.delta_norm, params.beta), groups)
     else:
-        result = bench.group_scores(params.criterion) if gone is None else group_scores(scores, groups)
+        result = known.group_scores(params.criterion) if gone is None else group_scores(scores, groups)
     if params.allocation != "sensitivity" and params.cost != "layer":
-        saved = bench.cost(quantity_of(params.cost)).marginal(counts)
+        saved = known.cost(quantity_of(params.cost)).marginal(counts)
         result = weighed_by_group(result, saved, params.beta)
     if gone is not None:
         result = [values.copy() for values in result]
@@ -58,38 +60,38 @@ def rerank(params: TrialParams, bench: Bench, gone: PruningPlan | None = None) -
     return result
 
 
-def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], bench: Bench) -> PruningPlan:
+def make_plan(params: TrialParams, scores: list[NDArray[np.float64]], known: Evidence) -> PruningPlan:
     """Step 2: which channels go, in one step or in several with scores taken anew, and which blocks."""
-    groups = bench.groups
+    groups = known.groups
     of_channels = params.ratio_of == "channels"
-    share = channels_removed(groups) if of_channels else cost_removed(bench.cost(params.ratio_of))
-    widths = Widths(params.round_to, bench.min_channels)
-    plan = PruningPlan(bench.task.model_key, {})
+    share = channels_removed(groups) if of_channels else cost_removed(known.cost(params.ratio_of))
+    widths = Widths(params.round_to, known.min_channels)
+    plan = PruningPlan(known.model_key, {})
     counts = np.zeros(len(groups.units), dtype=np.int64)
     for step in range(1, params.steps + 1):
         if params.ratio == 0.0:
             break
         if step > 1 and plan.removed:
-            scores = rerank(params, bench, plan)
+            scores = rerank(params, known, plan)
         demand = Demand(groups, scores, params.ratio * step / params.steps, share, widths)
-        counts = np.maximum(counts, allocate(params, demand, bench))  # what is gone stays gone
-        plan = PruningPlan.of(bench.task.model_key, groups, demand.pick(counts))
+        counts = np.maximum(counts, allocate(params, demand, known))  # what is gone stays gone
+        plan = PruningPlan.of(known.model_key, groups, demand.pick(counts))
     if params.depth:
-        layer_ms = {layer.layer: layer.timing.mean_ms for layer in bench.profile.layers}
-        gone = weakest_blocks(bench.blocks, bench.block_scores, layer_ms, params.depth, params.beta)
+        layer_ms = {layer.layer: layer.timing.mean_ms for layer in known.profile.layers}
+        gone = weakest_blocks(known.blocks, known.block_scores, layer_ms, params.depth, params.beta)
         plan = without_blocks(plan, groups, gone)
     return plan
 
 
-def allocate(params: TrialParams, demand: Demand, bench: Bench) -> NDArray[np.int64]:
+def allocate(params: TrialParams, demand: Demand, known: Evidence) -> NDArray[np.int64]:
     """How many channels each unit loses, `(units,)`, by the rule that `params.allocation` names."""
     if params.allocation == "uniform":
         return uniform(demand)
     if params.allocation == "knapsack":
         return knapsack(demand)
-    cost = bench.cost(quantity_of(params.cost))
+    cost = known.cost(quantity_of(params.cost))
     if params.allocation == "complexity":
-        return complexity(demand, unit_shares(cost.by_layer(), demand.groups), bench.recovery.seed)
+        return complexity(demand, unit_shares(cost.by_layer(), demand.groups), known.seed)
     if params.allocation == "sensitivity":
-        return sensitivity(demand, bench.curves[params.criterion], cost, params.beta)
+        return sensitivity(demand, known.curves[params.criterion], cost, params.beta)
     return rank(demand)

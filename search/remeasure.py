@@ -66,7 +66,7 @@ def against_unpruned(shop: Shop, artifact: Artifact, device: Device) -> Comparis
 
     Raises: as `profiles.measure.compare`.
     """
-    section, profile = shop.study.measure, shop.cached_profile(device, device.fingerprint)
+    section, profile = shop.study.measure, shop.shelf.profile(device, device.fingerprint)
     return compare(
         device,
         artifact,

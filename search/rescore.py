@@ -15,7 +15,7 @@ import numpy as np
 from objectives.batchnorm import reestimate_batchnorm
 from objectives.task import Task
 
-from .criteria import compute_scores, scores_data_key
+from .criteria import compute_scores, rescored_data_key
 from .plan import LayerCut, PruningPlan
 from .prune import prune
 from .scores import ChannelScores, FloatArray
@@ -41,12 +41,6 @@ class _Pruned:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
-
-
-def rescored_data_key(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str, Any]) -> str:
-    """What these scores depend on besides the model; always the sample that batch norm is re-estimated on."""
-    unpruned = scores_data_key(criterion, task, **settings)
-    return f"{unpruned}-{settings['images']}-{settings['batch']}-{plan.digest}"
 
 
 def rescore(task: Task, plan: PruningPlan, criterion: str, settings: Mapping[str, Any]) -> ChannelScores:

@@ -171,7 +171,7 @@ def study_arguments(study: StudyFile) -> list[str]:
 
 
 def _profile(study: StudyFile, shop: Shop, found: Found) -> LatencyProfile | None:
-    return shop.cached_profile(study.device(found.front.device).device(), found.front.fingerprint)
+    return shop.shelf.profile(study.device(found.front.device).device(), found.front.fingerprint)
 
 
 def _channels(profile: LatencyProfile | None) -> dict[str, int] | None:

@@ -13,13 +13,14 @@ from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import Any
 
+from .params import params_at
 from .plan import PruningPlan
 from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import promise
 from .result import TrialParams
 from .sections import Limits
-from .space import known_points, params_at, scattered_points
+from .space import known_points, scattered_points
 from .studyfile import StudyFile
 from .trial import Bench
 

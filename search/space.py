@@ -8,7 +8,6 @@ which also holds the unpruned model (beta 0, ratio 0), so that trial 0 is an ord
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,12 +15,10 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
+from .params import KEYS, params_at
 from .result import TrialParams
 from .sections import Choices, Range, SearchSection
 
-KEYS = (
-    "beta", "ratio", "ratio_of", "criterion", "cost", "allocation", "round_to", "steps", "depth", "recovery",
-)  # fmt: skip
 #: Keys that are 0 for the unpruned model.
 AMOUNTS = ("beta", "ratio", "depth")
 #: Complete trials without which importances say nothing.
@@ -65,44 +62,13 @@ def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> T
     Args:
         auto_round_to: what `round_to: auto` stands for on this device.
     """
-    values: dict[str, Any] = {}
-    space = stored_space(search)
-    for key in KEYS:
-        distribution = space.get(key)
+    point: dict[str, Any] = {}
+    for key, distribution in stored_space(search).items():
         if isinstance(distribution, FloatDistribution):
-            values[key] = trial.suggest_float(key, distribution.low, distribution.high)
+            point[key] = trial.suggest_float(key, distribution.low, distribution.high)
         elif isinstance(distribution, CategoricalDistribution):
-            values[key] = trial.suggest_categorical(key, distribution.choices)
-        else:
-            values[key] = getattr(search, key)
-    if values["round_to"] == "auto":
-        values["round_to"] = auto_round_to
-    return TrialParams(**values)
-
-
-def fixed_params(search: SearchSection, auto_round_to: int) -> TrialParams:
-    """The parameters of a search section in which beta and ratio are fixed; of other searched keys the first
-    choice or the lowest value.
-    """
-    values: dict[str, Any] = {}
-    for key in KEYS:
-        value = getattr(search, key)
-        if isinstance(value, Choices):
-            value = value.choices[0]
-        elif isinstance(value, Range):
-            value = value.low
-        values[key] = value
-    if values["round_to"] == "auto":
-        values["round_to"] = auto_round_to
-    return TrialParams(**values)
-
-
-def params_at(search: SearchSection, point: Mapping[str, Any], auto_round_to: int) -> TrialParams:
-    """The parameters at a point of the searched space; what is not searched is as the study file fixes it."""
-    values = {key: point.get(key, getattr(search, key)) for key in KEYS}
-    if values["round_to"] == "auto":
-        values["round_to"] = auto_round_to
-    return TrialParams(**values)
+            point[key] = trial.suggest_categorical(key, distribution.choices)
+    return params_at(search, point, auto_round_to)
 
 
 def scattered_points(search: SearchSection, count: int, seed: int) -> list[dict[str, Any]]:

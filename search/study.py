@@ -20,11 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 from .conditions import changed, conditions_of_trials
 from .front import ParetoFront
 from .heartbeat import Pulse, Watch, identity, is_gone
+from .params import params_at
 from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
 from .shared_points import Point, SharedPoints
 from .shown import constraints_of, shown_to_sampler
-from .space import known_points, params_at, searched_space, suggest, unpruned, unpruned_point
+from .space import known_points, searched_space, suggest, unpruned, unpruned_point
 from .storage import SearchError, StorageAwayError, answering
 from .studyfile import StudyFile
 from .trial import Bench

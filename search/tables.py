@@ -13,11 +13,11 @@ from profiles.device import DeviceFacts
 from profiles.latency_profile import LatencyProfile
 
 from .criteria import SOURCES
+from .evidence import Evidence
 from .plan import PruningPlan
 from .prediction import predict_ms
 from .result import TrialParams
 from .scores import ChannelScores
-from .trial import Bench
 
 
 def profile_json(profile: LatencyProfile) -> dict[str, Any]:
@@ -104,11 +104,11 @@ def score_table(scores: ChannelScores) -> Table:
     return table
 
 
-def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str, Any]:
+def plan_json(plan: PruningPlan, params: TrialParams, known: Evidence) -> dict[str, Any]:
     """`paretoprune plan --json`. Channels are outputs of prunable layers, as the paper counts them."""
-    prunable = {m.layer for group in bench.groups.groups for m in group.weighted}
+    prunable = {m.layer for group in known.groups.groups for m in group.weighted}
     layers = []
-    for layer in bench.profile.layers:
+    for layer in known.profile.layers:
         if layer.layer not in prunable:
             continue
         cut = plan.layers.get(layer.layer)
@@ -124,16 +124,17 @@ def plan_json(plan: PruningPlan, params: TrialParams, bench: Bench) -> dict[str,
         len(plan.layers[layer].removed_out) if layer in plan.layers else 0
         for layer in prunable
         if not plan.inside_blocks(layer)
-    ) + sum(bench.groups.widths[layer][1] for layer in prunable if plan.inside_blocks(layer))
+    ) + sum(known.groups.widths[layer][1] for layer in prunable if plan.inside_blocks(layer))
     return {
-        "device": bench.device.name,
+        "device": known.device.name,
+        "fingerprint": known.profile.fingerprint,
         "beta": params.beta,
         "ratio": params.ratio,
         "round_to": params.round_to,
-        "channels_total": bench.groups.prunable_channels,
+        "channels_total": known.groups.prunable_channels,
         "channels_removed": removed,
-        "predicted_latency_ms": predict_ms(plan, bench.profile),
-        "baseline_latency_ms": bench.profile.predict_ms({}),
+        "predicted_latency_ms": predict_ms(plan, known.profile),
+        "baseline_latency_ms": known.profile.predict_ms({}),
         "digest": plan.digest,
         "blocks": list(plan.blocks),
         "layers": layers,

@@ -10,50 +10,36 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from objectives.size import count_params
 from objectives.task import Recovery, Task
 from profiles.artifact import Artifact
-from profiles.device import Device
-from profiles.latency_profile import LatencyProfile
 from profiles.lock import host_lock
 from profiles.timing import Comparison
 
-from .costs import WidthCost
-from .depth import Block
-from .groups import ChannelGroups
+from .evidence import Evidence
 from .judge import TimedModel, Verdict, judge, time_untrained
 from .plan import PruningPlan
 from .planning import make_plan, rerank
 from .prediction import predict_ms
 from .proxy import Proxy, promise
 from .prune import check_widths, prune
-from .rerank import group_scores, normalise
 from .result import TrialParams, TrialResult
-from .scores import ChannelScores
-from .sensitivity import LossCurves
 from .stopping import Gate, OpenGate, TrialStopped
 from .workspace import write_json
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
 _OPEN = OpenGate()
 #: Folder of the file that is measured before the recovery, there until the trial ends.
 _UNTRAINED = "untrained"
-
-
-def _no_rescoring(criterion: str, plan: PruningPlan) -> ChannelScores:
-    raise ValueError("this bench was made without rescoring, so steps must be 1")
 
 
 class Listener(Protocol):
@@ -64,17 +50,12 @@ class Listener(Protocol):
     def epoch(self, done: int, epochs: int, accuracy: float) -> None: ...
 
 
-@dataclass(frozen=True, eq=False)
-class Bench:
-    """Everything the trials of one device share. Made once, read-only.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Bench(Evidence):
+    """Everything the trials of one device share: what plans are made from, and what prunes, trains and
+    measures them. Made once, read-only.
 
     Attributes:
-        scores: criterion name to cached scores.
-        curves: criterion name to cached loss curves; only those that the study's allocations need.
-        blocks, block_scores: what can go as a whole, and each one's cached score; empty where the study
-            searches no depth.
-        rescore: scores by a criterion of what a plan leaves; only schedules of several steps ask.
-        profile: the device's cached latency profile.
         baseline: the unpruned model's artifact, measured in turns with every candidate.
         baseline_weights: the state dict of the module in it; pruned models' artifacts are made from both.
         baseline_ms, baseline_p90_ms: its latency as trial 0 measured it; None before that.
@@ -82,42 +63,14 @@ class Bench:
     """
 
     task: Task
-    device: Device
     fingerprint: str
-    groups: ChannelGroups
-    scores: dict[str, ChannelScores]
-    profile: LatencyProfile
     baseline: Artifact
     recovery: Recovery
-    min_channels: int
     latency_target: float
     latency_limit_s: float
     baseline_ms: float | None = None
     baseline_p90_ms: float | None = None
     baseline_weights: Mapping[str, Tensor] = field(default_factory=dict)
-    curves: Mapping[str, LossCurves] = field(default_factory=dict)
-    blocks: tuple[Block, ...] = ()
-    block_scores: Mapping[str, float] = field(default_factory=dict)
-    rescore: Callable[[str, PruningPlan], ChannelScores] = _no_rescoring
-    _costs: dict[str, WidthCost] = field(default_factory=dict, init=False, repr=False)
-    _group_scores: dict[str, list[NDArray[np.float64]]] = field(default_factory=dict, init=False, repr=False)
-
-    def cost(self, quantity: str) -> WidthCost:
-        """A quantity as a function of widths, made once; see `costs.WidthCost`."""
-        if quantity not in self._costs:
-            self._costs[quantity] = WidthCost.of(quantity, self.groups, self.profile)
-        return self._costs[quantity]
-
-    @cached_property
-    def delta_norm(self) -> Mapping[str, float]:
-        """Equation (6): layer to its normalised latency per channel on this device, made once."""
-        return normalise(self.profile.delta_ms)
-
-    def group_scores(self, criterion: str) -> list[NDArray[np.float64]]:
-        """Cached scores summed over the members of each group, made once; not to be changed."""
-        if criterion not in self._group_scores:
-            self._group_scores[criterion] = group_scores(self.scores[criterion].layers, self.groups)
-        return self._group_scores[criterion]
 
 
 def run_trial(

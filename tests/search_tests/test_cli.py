@@ -286,7 +286,7 @@ def test_ui_serves_the_studys_own_store(searched: Path) -> None:
         (["search", "study.yaml", "--set", "data=bare.yaml"], "data must have labels"),
         (
             ["plan", "study.yaml", "--device", "ort", "--beta", "2", "--ratio", "1"],
-            "2 faults --beta must lie in",
+            "2 faults beta must lie in",
         ),
         (
             ["export", "study.yaml", "--device", "ort", "--trial", "1", "--max-latency", "3"],

@@ -66,12 +66,12 @@ def use_shop(
         def __init__(self, study: StudyFile, workspace: Any, notice: Any) -> None:
             self.study, self.workspace, self.notice = study, workspace, notice
             self.task = SimpleNamespace(metric="top-1")
+            self.shelf = SimpleNamespace(
+                profile=lambda device, fingerprint: STAND_INS.make_bench(device).profile
+            )
 
         def bench(self, device: Device) -> Any:
             return bench(device)
-
-        def cached_profile(self, device: Device, fingerprint: str) -> Any:
-            return STAND_INS.make_bench(device).profile
 
     monkeypatch.setattr(search.launch, "Shop", Shop)
 

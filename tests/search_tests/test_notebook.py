@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 import search.notebook
+import search.preview
 from search.notebook import Study
+from search.studyfile import StudyFileError
 
 STUDY = """
 name: s
@@ -65,3 +67,22 @@ def test_a_number_of_trials_is_the_files_only_where_none_is_given(
     monkeypatch.setattr(Study, "front", lambda self, devices: None)
     Study(path).run(trials=asked)
     assert heard == [wanted]
+
+
+def test_a_plan_is_asked_for_with_the_studys_settings(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: dict[str, Any] = {}
+
+    def evidence(study: Any, device: Any, workspace: Any, **_: Any) -> Any:
+        heard.update(
+            beta=study.search.beta, ratio=study.search.ratio, cost=study.search.cost, device=device.name
+        )
+        heard["folder"] = workspace.folder
+        raise LookupError
+
+    monkeypatch.setattr(search.preview, "recall_evidence", evidence)
+    with pytest.raises(LookupError):
+        Study(path, {"search.cost": "macs"}, path.parent / "out").plan("laptop", beta=0.25, ratio=0.5)
+    wanted = {"beta": 0.25, "ratio": 0.5, "cost": "macs", "device": "laptop", "folder": path.parent / "out"}
+    assert heard == wanted
+    with pytest.raises(StudyFileError, match="2 faults"):
+        Study(path).plan("laptop", beta=2, ratio=1)

@@ -18,10 +18,11 @@ from search.allocation import Demand, Widths, unit_scores
 from search.budget import cost_removed
 from search.costs import WidthCost
 from search.groups import ChannelGroups, find_groups
+from search.loss_curves import by_the_batch, measure_curves
 from search.plan import PruningPlan
 from search.proxy import loss_kept
 from search.prune import prune
-from search.sensitivity import DEPTHS, LossCurves, Stage, by_the_batch, measure_curves, sensitivity
+from search.sensitivity import DEPTHS, LossCurves, Stage, sensitivity
 
 from .test_budget import make_profile
 

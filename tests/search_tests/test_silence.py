@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from objectives.task import Traceable
 from search.groups import find_groups
+from search.loss_curves import by_the_batch
 from search.plan import PruningPlan
 from search.prune import prune
-from search.sensitivity import by_the_batch
 from search.silence import further, silenced
 
 IMAGES = torch.rand(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))

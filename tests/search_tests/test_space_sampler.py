@@ -8,10 +8,11 @@ import optuna
 import pytest
 from optuna.trial import TrialState
 
+from search.params import fixed_params
 from search.result import TrialParams
 from search.sampler import SAMPLERS, SpacedSampler, grid, make_sampler
 from search.sections import SearchSection
-from search.space import fixed_params, known_points, searched_space, stored_space, suggest, unpruned_point
+from search.space import known_points, searched_space, stored_space, suggest, unpruned_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

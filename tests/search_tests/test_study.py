@@ -6,6 +6,7 @@ Run as a script it is the worker that a test kills: `test_study.py FOLDER HANG_A
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import signal
@@ -38,6 +39,7 @@ from search.groups import ChannelGroup, ChannelGroups, Member
 from search.heartbeat import Watch, identity
 from search.limits import excess_of
 from search.loop import run_search
+from search.params import fixed_params, params_at
 from search.planning import make_plan, rerank
 from search.prediction import predict_ms
 from search.proxy import score_kept
@@ -46,7 +48,7 @@ from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
 from search.screening import first_points
 from search.sections import Limits
-from search.space import fixed_params, known_points, params_at, scattered_points
+from search.space import known_points, scattered_points
 from search.storage import SearchError, StorageAwayError, open_storage
 from search.study import EXHAUSTED, Begun, DeviceStudy
 from search.studyfile import StudyFile, load_study_file
@@ -107,6 +109,7 @@ def make_bench(device: Device, fingerprint: str = "print", model_key: str = "mod
         task=task,
         device=device,
         fingerprint=fingerprint,
+        model_key=model_key,
         groups=groups,
         scores={"taylor": scores},
         profile=profile,
@@ -493,7 +496,13 @@ def test_a_living_workers_trial_is_left_alone_until_it_was_silent_for_long(
     with pytest.raises(KeyboardInterrupt):
         go(study)
     trial(stand_in)
-    monkeypatch.setattr(search.study, "Watch", lambda: Watch(silence_s=0.5))
+    looks = itertools.count()
+
+    def clock() -> float:
+        """Stands still while trials are to be begun, then goes on by a second at each look."""
+        return float(next(looks)) if len([*Workspace(study.folder).results("first")]) == 4 else 0.0
+
+    monkeypatch.setattr(search.study, "Watch", lambda: Watch(silence_s=3.0, clock=clock))
     monkeypatch.setattr(search.loop, "_POLL_S", 0.02)
     watcher = go(study, trials=4)
     assert watcher.begun == [("first", 3), ("first", 4), ("first", 2)]  # and no fifth one meanwhile

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -168,7 +172,7 @@ def test_a_trials_files_tell_all_of_it(done: tuple[TrialResult, Path, Listener],
         v.numel() for k, v in state.items() if "running" not in k and "num_b" not in k
     )
     artifact = next(folder.glob("*.onnx"))
-    assert result.artifact_digest == search.bench.hashlib.sha256(artifact.read_bytes()).hexdigest()
+    assert result.artifact_digest == hashlib.sha256(artifact.read_bytes()).hexdigest()
     assert (folder / "model.pt").exists()
     share = sum(len(v) for v in plan.removed.values()) / bench.groups.channels.sum()
     assert 0.2 < share < 0.6
@@ -555,6 +559,26 @@ def test_a_profile_is_measured_once_and_again_on_another_machine(
     told.clear()
     fresh.profile(device)
     assert told == ["profile: measuring every layer on ort (another)"]
+
+
+def test_a_plan_from_warm_caches_opens_no_model_and_asks_no_device(study: StudyFile, bench: Bench) -> None:
+    program = (
+        "import sys, search.cli as cli\n"
+        "try: cli.main()\n"
+        "finally: print({'torch', 'optuna', 'scipy', 'onnxruntime'} & set(sys.modules), file=sys.stderr)"
+    )
+    asked = ["plan", str(study.source), "--device", "ort", "--beta", "0.2", "--ratio", "0.4", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *asked, "--set", "search.round_to=4"],
+        env={**os.environ, "PYTHONPATH": str(Path(search.bench.__file__).parent.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    document = json.loads(done.stdout)
+    assert document["digest"] == make_plan(PARAMS, rerank(PARAMS, bench), bench).digest
+    assert document["fingerprint"] == "print"
+    assert done.stderr.split() == ["set()"]
 
 
 def test_what_two_workers_need_at_once_the_first_makes_and_the_second_finds(
