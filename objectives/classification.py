@@ -218,7 +218,8 @@ class ClassificationTask:
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
                 reestimate_batchnorm(model, (b.images.to(device) for b in batches))
             best = BestWeights()
-            best.offer(model, self._accuracy(model.eval()))
+            model.eval()
+            best.offer(model, self._accuracy(model) if recovery.accuracy is None else recovery.accuracy)
 
             def judge(done: int, epochs: int, accuracy: float) -> bool:
                 best.offer(model, accuracy)

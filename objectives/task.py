@@ -44,6 +44,11 @@ class Recovery:
         seed: of data order and augmentation.
         options: further settings that only the task understands (for detection: Ultralytics' own train
             arguments).
+        accuracy: of the model as it is given, where that is known, so that it need not be judged again before
+            training; only where batch norm is not re-estimated.
+
+    Raises:
+        ValueError: an accuracy is given and batch norm is to be re-estimated, which changes it.
     """
 
     epochs: int = 3
@@ -54,6 +59,14 @@ class Recovery:
     threads: int | None = None
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.accuracy is not None and self.reestimate_images:
+            raise ValueError(
+                "accuracy must be None where reestimate_images is above 0, "
+                f"got {self.accuracy:g} and {self.reestimate_images}"
+            )
 
     def batch_for(self, images: int, smallest: int, largest: int) -> int:
         """Images per step on a training set of so many `images`.
@@ -167,10 +180,11 @@ class Task(TaskKeys, Protocol):
     ) -> nn.Module:
         """Train the pruned model back; the architecture is the given one. `folder` takes scratch files.
 
-        `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated) and after
-        each epoch. What is returned is the state with the best accuracy of all these. The state before
-        re-estimation is not asked: a detector cut deeply finds thousands of boxes everywhere with the
-        unpruned network's statistics, and judging these takes longer than judging its recovery.
+        `on_epoch` is called with epoch 0 before any training (after batch norm was re-estimated; with
+        `recovery.accuracy` where that is given) and after each epoch. What is returned is the state with the
+        best accuracy of all these. The state before re-estimation is not asked: a detector cut deeply finds
+        thousands of boxes everywhere with the unpruned network's statistics, and judging these takes longer
+        than judging its recovery.
 
         Raises:
             FloatingPointError: the loss became NaN or infinite.

@@ -60,22 +60,22 @@ class Shop:
     notice: Notice = _log.info
 
     @cached_property
-    def _since(self) -> float:
-        """When the task began to be opened, in seconds of the epoch."""
-        return time.time()
+    def _opened(self) -> tuple[Task, float]:
+        """The task, and when it began to be opened, in seconds of the epoch."""
+        begun = time.time()
+        try:
+            return open_task(self.study), begun
+        except ValueError as error:
+            raise StudyFileError(self.study.source.name, [str(error)]) from error
 
-    @cached_property
+    @property
     def task(self) -> Task:
         """The task of the study file.
 
         Raises:
             StudyFileError: the model or the data cannot be used; the message says which and why.
         """
-        _ = self._since
-        try:
-            return open_task(self.study)
-        except ValueError as error:
-            raise StudyFileError(self.study.source.name, [str(error)]) from error
+        return self._opened[0]
 
     @cached_property
     def groups(self) -> ChannelGroups:
@@ -354,6 +354,6 @@ class Shop:
 
     def _remember(self) -> None:
         """What was found of the task, for plans that need not open it."""
-        task = self.task
+        task, begun = self._opened
         found = Recalled(task.model_key, task.data_key, task.input_shape, self.groups, self.blocks)
-        remember(self.study, self.workspace, found, task.sources, self._since)
+        remember(self.study, self.workspace, found, task.sources, begun)

@@ -174,7 +174,7 @@ def recover(
         extra = 0 if reason else gate.extra_epochs()  # a gate that saw no epoch gives none
         if extra:  # batch norm was re-estimated already, and epoch 0 is where the first run ended
             total = recovery.epochs + extra
-            more = replace(recovery, epochs=extra, reestimate_images=0)
+            more = replace(recovery, epochs=extra, reestimate_images=0, accuracy=max(seen))
             model = bench.task.recover(
                 model, more, folder, lambda done, _, a: not done or heard(recovery.epochs + done, total, a)
             )

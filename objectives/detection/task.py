@@ -96,7 +96,6 @@ class DetectionTask:
         described = [self._data[split] for split in ("train", "val")]
         listed = [Path(p) for found in described for p in ([found] if isinstance(found, str) else found)]
         folders = sorted({file.parent for file in self._data_files[1:]})
-        folders = sorted({file.parent for file in self._data_files[1:]})
         return [Path(self.model), Path(self.data), *listed, *folders]
 
     @cached_property
@@ -192,7 +191,7 @@ class DetectionTask:
                 batches = self.calibration(recovery.reestimate_images, _EVAL_BATCH)
                 reestimate_batchnorm(model, batches, self.outputs)
             best = BestWeights()
-            best.offer(model, accuracy(model))
+            best.offer(model, accuracy(model) if recovery.accuracy is None else recovery.accuracy)
             if on_epoch(0, recovery.epochs, best.accuracy) and recovery.epochs > 0:
                 batch = recovery.batch_for(len(self._dataset("train")), *_BATCHES)
                 trainer = RecoveryTrainer(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from objectives.builder import load_pruned
 from objectives.classification import ClassificationTask
+from objectives.digest import stamp
 from objectives.task import Recovery, Task
 from objectives.wiring import fuse_batchnorm, wiring
 
@@ -155,6 +157,22 @@ def test_the_callback_ends_the_recovery(task: ClassificationTask, folder: Path) 
     assert epochs == [0, 1]
 
 
+def test_an_accuracy_that_is_known_is_not_judged_again(
+    task: ClassificationTask, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ClassificationTask, "_accuracy", lambda self, model: 0.1)
+    told: list[tuple[int, float]] = []
+    before = task.load_model().state_dict()
+    after = task.recover(
+        task.load_model(),
+        replace(QUICK, epochs=1, accuracy=0.7),
+        folder,
+        lambda done, _, accuracy: told.append((done, accuracy)) or True,
+    ).state_dict()
+    assert told == [(0, 0.7), (1, 0.1)]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # still the best state
+
+
 def test_the_seed_decides_the_recovery_and_nothing_else_does(task: ClassificationTask, folder: Path) -> None:
     def weights(seed: int) -> nn.Module:
         torch.manual_seed(torch.seed())
@@ -290,6 +308,28 @@ def test_keys_follow_weights_data_and_normalisation(task: ClassificationTask, fo
     assert make(folder, arguments={"width": 6}).model_key != task.model_key
     assert make(folder, mean=(0.5, 0.5, 0.5)).data_key != task.data_key
     assert make(folder, imgsz=24).data_key != task.data_key
+
+
+def test_a_change_of_any_source_shows(folder: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for name in ("a", "b", "b/deeper"):
+            (tmp_path / split / name).mkdir(parents=True)
+            Image.new("RGB", (20, 20)).save(tmp_path / split / name / "1.png")
+    weights = tmp_path / "weights.pt"
+    torch.save(make(folder).load_model().state_dict(), weights)
+    sources = make(folder, data=str(tmp_path), weights=str(weights), imgsz=16).sources
+    images = sorted(tmp_path.rglob("*.png"))
+    assert len(images) == 6
+    for path in [weights, *images]:
+        before = stamp(sources).digest
+        with path.open("ab") as file:
+            file.write(b" ")
+        assert stamp(sources).digest != before, path
+    before = stamp(sources).digest
+    (tmp_path / "val" / "c").mkdir()
+    assert stamp(sources).digest != before
+    npz = folder / "stripes.npz"
+    assert make(folder).sources == [npz]
 
 
 def test_each_loaded_model_is_a_fresh_trainable_copy(task: ClassificationTask) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import yaml
 from torch import nn
 
 from objectives.detection import DetectionTask, PrunedTrainer
+from objectives.digest import stamp
+from objectives.synthetic import make_detection_set
 from objectives.task import Recovery
 from search.groups import find_groups
 from search.plan import PruningPlan
@@ -72,6 +75,21 @@ def test_keys_follow_weights_and_data(task: DetectionTask, shapes: Any, tmp_path
     other = DetectionTask(str(shapes.model), str(shapes.data), 64)
     assert other.model_key != task.model_key
     assert other.data_key == task.data_key
+
+
+def test_a_change_of_any_source_shows(shapes: Any, tmp_path: Path) -> None:
+    data = make_detection_set(tmp_path / "set", images_train=2, images_val=2, imgsz=64, seed=0)
+    weights = shutil.copy(shapes.weights, tmp_path / "model.pt")
+    sources = DetectionTask(str(weights), str(data), 64).sources
+    labels = sorted((tmp_path / "set").rglob("labels/*/*.txt"))
+    images = sorted((tmp_path / "set").rglob("images/*/*"))
+    assert len(labels) == len(images) == 4
+    for path in [Path(weights), Path(data), *labels, *images]:
+        before = stamp(sources).digest
+        assert stamp(sources).digest == before
+        with path.open("ab") as file:
+            file.write(b"\n")
+        assert stamp(sources).digest != before, path
 
 
 def test_the_traced_copy_computes_the_same_head_inputs(task: DetectionTask) -> None:
@@ -231,6 +249,30 @@ def test_a_caller_may_end_a_recovery(task: DetectionTask, pruned: nn.Module, tmp
         recovery = Recovery(epochs=5, batch=4, device="cpu", reestimate_images=0)
         task.recover(copy.deepcopy(pruned), recovery, tmp_path, on_epoch)
         assert told == list(range(stop_at + 1))
+
+
+def test_an_accuracy_that_is_known_is_not_judged_again(
+    task: DetectionTask, pruned: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judged: list[float] = []
+
+    def judge(self: DetectionTask, predict: Any) -> float:
+        judged.append(0.1)
+        return judged[-1]
+
+    monkeypatch.setattr(DetectionTask, "evaluate", judge)
+    told: list[tuple[int, float]] = []
+    recovery = Recovery(epochs=1, batch=4, device="cpu", reestimate_images=0, accuracy=0.7)
+
+    def on_epoch(done: int, epochs: int, accuracy: float) -> bool:
+        told.append((done, accuracy))
+        return True
+
+    before = copy.deepcopy(pruned.state_dict())
+    after = task.recover(pruned, recovery, tmp_path, on_epoch).state_dict()
+    assert told == [(0, 0.7), (1, 0.1)]
+    assert judged == [0.1]
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())  # still the best state
 
 
 def test_a_loss_that_is_no_number_is_said(task: DetectionTask, pruned: nn.Module, tmp_path: Path) -> None:
