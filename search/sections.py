@@ -187,6 +187,7 @@ class StoppingSection(Section):
             non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
         extra_epochs: for a trial that is on the front after its recovery, by what all had after as many
             epochs, and that its last epoch made better by more than `margin`.
+        extensions: how often a trial is given these, after each time by what all of them together brought.
     """
 
     enabled: bool = True
@@ -194,6 +195,7 @@ class StoppingSection(Section):
     after: Annotated[int, Field(ge=2)] = 4
     halving: Annotated[int, Field(ge=1)] = 2
     extra_epochs: Annotated[int, Field(ge=0)] = 0
+    extensions: Annotated[int, Field(ge=1)] = 1
 
 
 class ScreeningSection(Section):

@@ -87,6 +87,8 @@ class FrontGate:
     _latency_ms: float = 0.0
     _proxy: Proxy | None = None
     _curve: list[float] = field(default_factory=list)
+    _extensions: int = 0
+    _extended_at: int = 0
 
     # -- before training
 
@@ -215,17 +217,23 @@ class FrontGate:
         )
 
     def extra_epochs(self) -> int:
-        """Epochs more for a trial whose last one brought more than the margin, and that is on the front as it
-        stood after as many epochs of every trial.
+        """Epochs more for a trial whose last one, or all that it was given last together, brought more than
+        the margin, and that is on the front as it stood after as many epochs of every trial.
         """
-        if len(self._curve) < 2 or self._curve[-1] <= max(self._curve[:-1]) + self._margin:
+        if self._extensions == self.rules.extensions or len(self._curve) < 2:
+            return 0
+        since = self._extended_at or len(self._curve) - 1
+        if max(self._curve[since:], default=0.0) <= max(self._curve[:since]) + self._margin:
             return 0
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0
         rivals = [r for r in self._complete() if (r.latency_ms or math.inf) <= self._latency_ms]
         best = max((self._then(r) for r in rivals), default=-math.inf)
-        return self.rules.extra_epochs if best < self._curve[-1] else 0
+        if best >= max(self._curve):
+            return 0
+        self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
+        return self.rules.extra_epochs
 
     def _then(self, result: TrialResult) -> float:
         """A trial's accuracy after as many epochs as this one has had."""

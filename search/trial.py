@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from objectives.size import count_params
-from objectives.task import Recovery, Task
+from objectives.task import EpochCallback, Recovery, Task
 from profiles.artifact import Artifact
 from profiles.lock import host_lock
 from profiles.timing import Comparison
@@ -171,16 +171,21 @@ def recover(
     recovery = bench.recovery
     with host_lock("training"):
         model = bench.task.recover(model, recovery, folder, heard)
-        extra = 0 if reason else gate.extra_epochs()  # a gate that saw no epoch gives none
-        if extra:  # batch norm was re-estimated already, and epoch 0 is where the first run ended
-            total = recovery.epochs + extra
+        done = recovery.epochs
+        # A gate that saw no epoch gives none.
+        while reason is None and (extra := gate.extra_epochs()):
+            # Batch norm was re-estimated already, and epoch 0 is where the run before ended.
             more = replace(recovery, epochs=extra, reestimate_images=0, accuracy=max(seen))
-            model = bench.task.recover(
-                model, more, folder, lambda done, _, a: not done or heard(recovery.epochs + done, total, a)
-            )
+            model = bench.task.recover(model, more, folder, _after(done, extra, heard))
+            done += extra
     _go_on(reason)
     check_widths(model, plan)
     return model
+
+
+def _after(earlier: int, extra: int, heard: EpochCallback) -> EpochCallback:
+    """Tells of `extra` epochs as those that follow `earlier` ones; their epoch 0 was told already."""
+    return lambda done, _, accuracy: not done or heard(earlier + done, earlier + extra, accuracy)
 
 
 @dataclass

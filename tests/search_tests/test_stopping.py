@@ -252,6 +252,45 @@ def test_extra_epochs_need_a_curve_that_rises(curve: tuple[float, ...], granted:
     assert trial.extra_epochs() == granted
 
 
+@pytest.mark.parametrize(
+    ("more", "granted"),
+    [
+        ([], [2, 0]),  # nothing was trained since
+        ([(0.71, 0.72)], [2, 2]),  # both together brought more than the margin, 2% of 0.8
+        ([(0.71, 0.716)], [2, 0]),
+        ([(0.73, 0.6)], [2, 2]),  # the better one counts
+        ([(0.72, 0.73), (0.74, 0.75)], [2, 2, 2]),
+        ([(0.72, 0.73), (0.74, 0.746)], [2, 2, 0]),
+        ([(0.72, 0.73), (0.74, 0.75), (0.8, 0.9)], [2, 2, 2, 0]),  # three times at most
+    ],
+)
+def test_extra_epochs_are_given_again_while_they_bring_something(
+    more: list[tuple[float, ...]], granted: list[int]
+) -> None:
+    trial = started(*CURVES, extra_epochs=2, extensions=3, margin=0.02)
+    for done, accuracy in enumerate((0.5, 0.6, 0.7)):
+        trial.epoch(done, 2, accuracy)
+    found = [trial.extra_epochs()]
+    for run, accuracies in enumerate(more):
+        for step, accuracy in enumerate(accuracies):
+            assert trial.epoch(3 + 2 * run + step, 4 + 2 * run, accuracy) is None
+        found.append(trial.extra_epochs())
+    if not more:
+        found.append(trial.extra_epochs())
+    assert found == granted
+
+
+def test_extra_epochs_are_given_again_to_the_front_alone() -> None:
+    longer = [replace(r, accuracy=0.75, epochs=(0.1, 0.3, 0.5, 0.6, 0.75)) for r in CURVES]
+    trial = started(*longer, extra_epochs=2, extensions=3)
+    for done, accuracy in enumerate((0.5, 0.6, 0.7)):
+        trial.epoch(done, 2, accuracy)
+    assert trial.extra_epochs() == 2
+    for done, accuracy in enumerate((0.71, 0.74), 3):
+        trial.epoch(done, 4, accuracy)
+    assert trial.extra_epochs() == 0  # others have 0.75 after four
+
+
 @pytest.mark.parametrize(("limit_ms", "granted"), [(14.0, 0), (15.0, 2)])
 def test_no_extra_epochs_beyond_the_latency_limit(limit_ms: float, granted: int) -> None:
     uncertain = gate(extra_epochs=2, limits=Limits(latency_ms=limit_ms))

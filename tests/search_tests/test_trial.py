@@ -393,8 +393,8 @@ def test_recovery_from_scratch_forgets_the_weights(
 class StopAt(OpenGate):
     """Stops after one step, and remembers what it was asked."""
 
-    def __init__(self, step: str, extra: int = 0):
-        self.step, self.extra = step, extra
+    def __init__(self, step: str, extra: int = 0, times: int = 1):
+        self.step, self.extra, self.times = step, extra, times
         self.asked: list[tuple[Any, ...]] = []
 
     def _answer(self, step: str, *what: Any) -> str | None:
@@ -415,7 +415,8 @@ class StopAt(OpenGate):
 
     def extra_epochs(self) -> int:
         self.asked.append(("extra",))
-        return self.extra
+        self.times -= 1
+        return self.extra if self.times >= 0 else 0
 
 
 @pytest.mark.parametrize("step", ["plan", "prune", "measure", "epoch 0"])
@@ -434,12 +435,12 @@ def test_a_gate_ends_a_trial_after_any_step(bench: Bench, tmp_path: Path, step: 
 
 
 def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
-    gate = StopAt("never", extra=1)
+    gate = StopAt("never", extra=1, times=2)
     scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
     result = run_trial(1, PARAMS, scaled, tmp_path / "trial", Listener(), gate)
     told = {step: what for step, *what in gate.asked}
     assert [step for step, *_ in gate.asked] == (
-        ["plan", "prune", "measure", "epoch 0", "epoch 1", "extra", "epoch 2"]
+        ["plan", "prune", "measure", "epoch 0", "epoch 1", "extra", "epoch 2", "extra", "epoch 3", "extra"]
     )
     assert [proxy.to_json() for proxy in told["plan"]] == [result.details["proxy"]]
     assert result.details["proxy"]["kind"] == "scores"
@@ -447,7 +448,7 @@ def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path)
     assert told["prune"] == [result.params]
     assert told["measure"][0] == pytest.approx(result.latency_ms / 10.0)  # type: ignore[operator]
     assert told["measure"][2] == pytest.approx(result.details["size_mb"], rel=0.01)
-    assert [told[f"epoch {n}"] for n in range(3)] == [[a] for a in result.epochs]  # one more, as granted
+    assert [told[f"epoch {n}"] for n in range(4)] == [[a] for a in result.epochs]  # two more, as granted
     assert result.accuracy == max(result.epochs)
     assert result.details["measured"] == "before recovery, same structure"
     assert len(result.details["structure"]) == 64
