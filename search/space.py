@@ -107,7 +107,8 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
 
     Plain Taylor (beta 0) at three quarters, half and a quarter of the ratio range, and the paper's beta 0.5
     at 30%; all with as many blocks as can be kept. The deepest comes first: it covers most of the front by
-    itself. Other searched keys are left to the sampler.
+    itself. Other searched keys are left to the sampler. Where all plans are by `sensitivity`, beta 1 takes
+    the place of 0: the least measured loss for a budget of latency, where 0 does not look at it.
     """
     space = searched_space(search)
 
@@ -121,9 +122,10 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
 
     ratio = space.get("ratio")
     low, high = (ratio.low, ratio.high) if isinstance(ratio, FloatDistribution) else (0.1, 0.7)
+    plain = 1.0 if search.allocation == "sensitivity" else 0.0
     points: list[dict[str, Any]] = []
     for share in (0.75, 0.5, 0.25):
-        points.append({**nearest("beta", 0.0), **nearest("ratio", low + share * (high - low))})
+        points.append({**nearest("beta", plain), **nearest("ratio", low + share * (high - low))})
     points.insert(2, {**nearest("beta", 0.5), **nearest("ratio", 0.3)})
     points = [{**point, **nearest("depth", 0.0)} for point in points]
     return [p for i, p in enumerate(points) if p and p not in points[:i]]
