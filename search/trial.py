@@ -174,8 +174,11 @@ def recover(
         done = recovery.epochs
         # A gate that saw no epoch gives none.
         while reason is None and (extra := gate.extra_epochs()):
-            # Batch norm was re-estimated already, and epoch 0 is where the run before ended.
-            more = replace(recovery, epochs=extra, reestimate_images=0, accuracy=max(seen))
+            # Batch norm was re-estimated already, and epoch 0 is where the run before ended. The same seed
+            # would show the same images in the same order once more.
+            more = replace(
+                recovery, epochs=extra, reestimate_images=0, accuracy=max(seen), seed=recovery.seed + done
+            )
             model = bench.task.recover(model, more, folder, _after(done, extra, heard))
             done += extra
     _go_on(reason)

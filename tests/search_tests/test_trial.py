@@ -26,6 +26,8 @@ from torch import nn
 import search.bench
 import search.judge
 import search.model_files
+from objectives.detection import DetectionTask
+from objectives.task import Recovery
 from profiles.artifact import Artifact, LayerSpec, export_artifact, open_artifact
 from profiles.device import Device
 from profiles.latency_model import LatencyModel
@@ -434,8 +436,18 @@ def test_a_gate_ends_a_trial_after_any_step(bench: Bench, tmp_path: Path, step: 
     assert result.details["stopped_after"] == ("recover" if step == "epoch 0" else step)
 
 
-def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path) -> None:
+def test_what_the_gate_is_told_is_what_is_recorded(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gate = StopAt("never", extra=1, times=2)
+    recoveries: list[Recovery] = []
+    recover = DetectionTask.recover
+
+    def noted(self: DetectionTask, model: nn.Module, recovery: Recovery, *rest: Any) -> nn.Module:
+        recoveries.append(recovery)
+        return recover(self, model, recovery, *rest)
+
+    monkeypatch.setattr(DetectionTask, "recover", noted)
     scaled = replace(bench, baseline_ms=10.0, baseline_p90_ms=12.0)
     result = run_trial(1, PARAMS, scaled, tmp_path / "trial", Listener(), gate)
     told = {step: what for step, *what in gate.asked}
@@ -449,6 +461,11 @@ def test_what_the_gate_is_told_is_what_is_recorded(bench: Bench, tmp_path: Path)
     assert told["measure"][0] == pytest.approx(result.latency_ms / 10.0)  # type: ignore[operator]
     assert told["measure"][2] == pytest.approx(result.details["size_mb"], rel=0.01)
     assert [told[f"epoch {n}"] for n in range(4)] == [[a] for a in result.epochs]  # two more, as granted
+    # Each goes on where the one before ended, with images in another order.
+    best = [max(result.epochs[:n]) for n in (2, 3)]
+    assert [(r.seed, r.reestimate_images, r.accuracy) for r in recoveries] == (
+        [(0, 12, None), (1, 0, best[0]), (2, 0, best[1])]
+    )
     assert result.accuracy == max(result.epochs)
     assert result.details["measured"] == "before recovery, same structure"
     assert len(result.details["structure"]) == 64
