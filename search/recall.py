@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from objectives.digest import Stamp, loaded_code, stamp
+from objectives.digest import loaded_code, stamp
 from profiles.cache import Cache
 from profiles.device import Device
 
@@ -89,13 +89,14 @@ def remember(
 def recall(study: StudyFile, workspace: Workspace) -> Recalled | None:
     """What was found when the task was last opened, None where it would have to be opened again."""
 
-    def load(payload: Mapping[str, Any]) -> tuple[Mapping[str, Any], Stamp]:
-        return payload, stamp(Path(path) for path in payload["watched"])
+    def load(payload: Mapping[str, Any]) -> tuple[list[str], str, Recalled]:
+        return payload["watched"], payload["stamp"], Recalled.from_json(payload["task"])
 
     kept = Cache(workspace.cache).get("task", _task_key(study), load)
-    if kept is None or kept[1].digest != kept[0]["stamp"]:
+    if kept is None:
         return None
-    return Recalled.from_json(kept[0]["task"])
+    watched, seen, task = kept
+    return task if stamp(map(Path, watched)).digest == seen else None
 
 
 def remember_device(workspace: Workspace, device: Device) -> None:

@@ -219,6 +219,8 @@ class FrontGate:
     def extra_epochs(self) -> int:
         """Epochs more for a trial whose last one, or all that it was given last together, brought more than
         the margin, and that is on the front as it stood after as many epochs of every trial.
+
+        What it says counts as given: the next answer looks at what these brought.
         """
         if self._extensions == self.rules.extensions or len(self._curve) < 2:
             return 0

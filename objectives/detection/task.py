@@ -95,16 +95,17 @@ class DetectionTask:
     def sources(self) -> list[Path]:
         described = [self._data[split] for split in ("train", "val")]
         listed = [Path(p) for found in described for p in ([found] if isinstance(found, str) else found)]
-        folders = sorted({file.parent for file in self._data_files[1:]})
+        folders = sorted({file.parent for file in self._samples})
         return [Path(self.model), Path(self.data), *listed, *folders]
 
     @cached_property
     def data_key(self) -> str:
-        return files_digest(self._data_files, Path(self.data).resolve().parent)
+        return files_digest([Path(self.data), *self._samples], Path(self.data).resolve().parent)
 
     @cached_property
-    def _data_files(self) -> list[Path]:
-        files = [Path(self.data)]
+    def _samples(self) -> list[Path]:
+        """Images and label files of both splits."""
+        files = []
         for split in ("train", "val"):
             dataset = self._dataset(split)
             files += [Path(f) for f in [*dataset.im_files, *dataset.label_files] if Path(f).is_file()]

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 
+import search.groups
 from objectives.digest import loaded_code
 from search.depth import Block
 from search.groups import ChannelGroup, ChannelGroups, Member
@@ -158,3 +159,11 @@ def test_installed_packages_are_no_code_that_changes() -> None:
     assert __file__ in files
     assert np.__file__ not in files
     assert os.__file__ not in files
+
+
+def test_what_was_kept_in_another_format_is_no_use(
+    study: StudyFile, keep: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keep()
+    monkeypatch.setattr(search.groups, "FORMAT_VERSION", 99)
+    assert found(study) is None
