@@ -25,7 +25,7 @@ from .bench import Shop
 from .front import ParetoFront
 from .heartbeat import Pulse
 from .result import TrialParams, TrialResult, brief
-from .screening import first_points
+from .screening import screened_points
 from .stopping import FrontGate, Gate, OpenGate
 from .storage import SearchError, StorageAwayError, open_storage
 from .study import Begun, DeviceStudy
@@ -183,7 +183,7 @@ def _open_lane(
     def points() -> Sequence[Mapping[str, Any]]:
         front = device_study.front()
         base_ms = None if front is None else front.baseline.latency_ms
-        return first_points(study, name, replace(bench, baseline_ms=base_ms))
+        return screened_points(study, name, replace(bench, baseline_ms=base_ms))
 
     device_study.seat(points)
     device_study.collect()

@@ -98,8 +98,8 @@ class NumberedSampler(BaseSampler):
         make: given a trial's number, the sampler for it.
         first: points of the study's first trials, any of the searched keys, what a point leaves out is drawn;
             none where all are drawn.
-        others: makes the points of all trials after the first one, those in `first` included. Called when a
-            trial needs one of the rest, for it may take a while.
+        others: makes the points of the trials that follow. Called when a trial needs one, for it may take a
+            while.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class NumberedSampler(BaseSampler):
         self._point = None
         if self._first and trial.number not in queued and 0 not in queued:
             known = position < len(self._first)
-            self._point = self._first[position] if known else self._other(position - 1)
+            self._point = self._first[position] if known else self._other(position - len(self._first))
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 from typing import Any
 
 from .params import params_at
@@ -40,24 +39,18 @@ class Candidate:
     kept: float
 
 
-def first_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
-    """What a study tries after the unpruned model, before its sampler has something to go on, as points of
-    the searched space.
-
-    Known good points, and in turns with them the best of many candidates by what their plans promise; both
-    from the most to the least pruned, so that few trials cover much of the front; the first is a known one,
-    which needs no screening. A grid has none: it is the whole list by itself.
+def screened_points(study: StudyFile, device: str, bench: Bench) -> list[dict[str, Any]]:
+    """The best of many candidates by what their plans promise, from the most to the least pruned, as points
+    of the searched space: what a study tries after the unpruned model and the known points, before its
+    sampler has something to go on. A grid has none: it is the whole list by itself.
     """
     search, settings = study.search, study.screening
-    if search.sampler == "grid":
-        return []
-    points = known_points(search)[: max(0, study.trials - 1)]
-    keep = min(settings.keep, max(0, study.trials - 1 - len(points)))
+    left = study.trials - 1 - len(known_points(search))
+    keep = 0 if search.sampler == "grid" else min(settings.keep, max(0, left))
     scattered = scattered_points(search, settings.candidates, study.seed) if keep else []
     params = [params_at(search, point, bench.profile.channel_multiple) for point in scattered]
     found = screen(bench, params, study.limits_of(device), keep)
-    screened = [scattered[candidate.position] for candidate in found]
-    return [p for pair in zip_longest(points, screened) for p in pair if p is not None]
+    return [scattered[candidate.position] for candidate in found]
 
 
 def screen(

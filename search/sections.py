@@ -185,8 +185,8 @@ class StoppingSection(Section):
         after: complete trials needed before anything is expected of others.
         halving: after epochs 1, 2, 4, ... the best `1 / halving` of the trials so far go on, by
             non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
-        extra_epochs: for a trial that is on the front after its recovery, by what all had after as many
-            epochs, and that its last epoch made better by more than `margin`.
+        extra_epochs: for a trial that its last epoch made better by more than `margin` and that can grow the
+            front by them, see `FrontGate.extra_epochs`; once `after` trials are complete.
         extensions: how often a trial is given these, after each time by what all of them together brought.
     """
 
@@ -199,7 +199,9 @@ class StoppingSection(Section):
 
 
 class ScreeningSection(Section):
-    """How many candidates are judged by latency model and kept scores, and how many of them are tried."""
+    """How many candidates are judged by what their plans promise, and how many of them are tried after the
+    known points.
+    """
 
     candidates: Annotated[int, Field(ge=0)] = 1000
     keep: Annotated[int, Field(ge=0)] = 3

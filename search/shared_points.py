@@ -1,4 +1,4 @@
-"""The points that a study tries first, made by one of its workers and kept in the storage for all of them.
+"""The screened points of a study, made by one of its workers and kept in the storage for all of them.
 
 Making them keeps a core busy for seconds, so it waits until nothing is measured on this machine. Knows no
 trials.
@@ -48,7 +48,7 @@ class SharedPoints:
             for section in (file.search, file.screening, file.limits_of(device))
         ]
         text = json.dumps([asked, file.seed, file.trials], sort_keys=True)
-        self._key = f"first-points-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        self._key = f"screened-points-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def get(self) -> Sequence[Point]:
         """The points; what the storage raises where it is away passes through."""

@@ -217,30 +217,35 @@ class FrontGate:
         )
 
     def extra_epochs(self) -> int:
-        """Epochs more for a trial whose last one, or all that it was given last together, brought more than
-        the margin, and that is on the front as it stood after as many epochs of every trial.
+        """Epochs more for a trial that can grow the front by them; the first trials, before which there is
+        no front to speak of, get none.
+
+        Its last epoch, or all that it was given last together, brought more than the margin, and no trial at
+        most that slow stands in its way: one that was given more epochs was behind it after as many, one
+        that was not is what it gets past if it goes on like this.
 
         What it says counts as given: the next answer looks at what these brought.
         """
         if self._extensions == self.rules.extensions or len(self._curve) < 2:
             return 0
+        if sum(r.trial > 0 for r in self._alike()) < self.rules.after:
+            return 0
         since = self._extended_at or len(self._curve) - 1
-        if max(self._curve[since:], default=0.0) <= max(self._curve[:since]) + self._margin:
+        best, before = max(self._curve), max(self._curve[:since])
+        if best <= before + self._margin:
             return 0
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0
-        rivals = [r for r in self._complete() if (r.latency_ms or math.inf) <= self._latency_ms]
-        best = max((self._then(r) for r in rivals), default=-math.inf)
-        if best >= max(self._curve):
-            return 0
+        likely = best + (best - before) / (len(self._curve) - since) * self.rules.extra_epochs
+        for rival in self._complete():
+            if (rival.latency_ms or math.inf) > self._latency_ms:
+                continue
+            longer = self._is_alike(rival) and len(rival.epochs) > len(self._curve)
+            if best <= max(rival.epochs[: len(self._curve)]) if longer else likely <= _accuracy(rival):
+                return 0
         self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
         return self.rules.extra_epochs
-
-    def _then(self, result: TrialResult) -> float:
-        """A trial's accuracy after as many epochs as this one has had."""
-        curve = result.epochs[: len(self._curve)] if self._is_alike(result) else ()
-        return max(curve, default=_accuracy(result))
 
     # -- what is known
 

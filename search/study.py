@@ -164,14 +164,15 @@ class DeviceStudy:
         """Seat the sampler.
 
         Args:
-            points: makes what is tried after the unpruned model; None where the sampler decides of all.
+            points: makes what is tried after the unpruned model and the known points; None where the sampler
+                decides of all.
         """
         search = self.file.search
         self._points, first = None, []
         if points is not None:
             first = [unpruned_point(search)]
             if search.sampler != "grid":
-                first += known_points(search)[:1]  # for which nobody need wait until others are found
+                first += known_points(search)[: max(0, self.file.trials - 1)]
             url = self.workspace.storage_url(self.file.storage)
             # Making points takes seconds, in which others may well begin and end trials.
             turn = turns(url, f"{self.optuna.study_name}.points", self.workspace.folder)
@@ -184,10 +185,10 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, first, self.first_points)
+        self.optuna.sampler = NumberedSampler(make, first, self.screened_points)
 
-    def first_points(self) -> Sequence[Point]:
-        """What is tried after the unpruned model, made by one worker and read by the others."""
+    def screened_points(self) -> Sequence[Point]:
+        """What is tried after the known points, made by one worker and read by the others."""
         if self._points is None:
             return ()
         with self._answering():

@@ -214,23 +214,36 @@ def test_halving_lets_the_best_by_rank_go_on() -> None:
     assert halved(0.29, after=6) is None
 
 
-def test_extra_epochs_go_to_the_front() -> None:
-    def granted(accuracy: float, *others: TrialResult, extra_epochs: int = 2, **keys: Any) -> int:
-        trial = started(*others, extra_epochs=extra_epochs, **keys)
-        for done, seen in enumerate((0.0, 0.05, accuracy)):
-            trial.epoch(done, 2, seen)
+def test_extra_epochs_go_to_what_can_grow_the_front() -> None:
+    def granted(*others: TrialResult, curve: Sequence[float], **rules: Any) -> int:
+        trial = started(*others, **{"extra_epochs": 2, **rules})
+        for done, accuracy in enumerate(curve):
+            trial.epoch(done, 2, accuracy)
         return trial.extra_epochs()
 
-    assert granted(0.51, *CURVES) == 2
-    assert granted(0.5, *CURVES) == 0
-    assert granted(0.1, *CURVES, ms=10.5) == 2
-    assert granted(0.9, *CURVES, extra_epochs=0) == 0
-    # Others had theirs already: what counts is where they were after two epochs.
+    # The others ended after as many epochs, at 0.5; two more like the last one lead past that or do not.
+    assert granted(*CURVES, curve=(0.1, 0.2, 0.31)) == 2
+    assert granted(*CURVES, curve=(0.1, 0.2, 0.29)) == 0
+    assert granted(*CURVES, curve=(0.1, 0.2, 0.29), extra_epochs=3) == 3
+    assert granted(*CURVES, curve=(0.1, 0.2, 0.29), ms=10.5) == 2  # none is as fast
+    assert granted(*CURVES, curve=(0.1, 0.2, 0.9), extra_epochs=0) == 0
+    # The others were given more: what counts is where they were after two.
     longer = [replace(r, accuracy=0.7, epochs=(*r.epochs, 0.6, 0.7)) for r in CURVES]
-    assert granted(0.51, *longer) == 2
-    assert granted(0.5, *longer) == 0
+    assert granted(*longer, curve=(0.1, 0.2, 0.51)) == 2
+    assert granted(*longer, curve=(0.1, 0.2, 0.5)) == 0
+    # One of another kind counts as it ended.
     scratch = replace(longer[0], asked=TrialParams(recovery="scratch"))
-    assert granted(0.51, scratch) == 0  # of another kind: as it ended
+    assert granted(*CURVES, curve=(0.4, 0.45, 0.51)) == 2
+    assert granted(*CURVES, scratch, curve=(0.4, 0.45, 0.51)) == 0
+    assert granted(*CURVES, scratch, curve=(0.4, 0.45, 0.6)) == 2
+
+
+@pytest.mark.parametrize(("others", "granted"), [(3, 0), (4, 2)])
+def test_no_extra_epochs_before_there_is_a_front(others: int, granted: int) -> None:
+    trial = started(*CURVES[:others], extra_epochs=2, after=4)
+    for done, accuracy in enumerate((0.5, 0.6, 0.7)):
+        trial.epoch(done, 2, accuracy)
+    assert trial.extra_epochs() == granted
 
 
 @pytest.mark.parametrize(
@@ -281,7 +294,7 @@ def test_extra_epochs_are_given_again_while_they_bring_something(
 
 
 def test_extra_epochs_are_given_again_to_the_front_alone() -> None:
-    longer = [replace(r, accuracy=0.75, epochs=(0.1, 0.3, 0.5, 0.6, 0.75)) for r in CURVES]
+    longer = [replace(r, accuracy=0.8, epochs=(0.1, 0.3, 0.5, 0.6, 0.75, 0.8)) for r in CURVES]
     trial = started(*longer, extra_epochs=2, extensions=3)
     for done, accuracy in enumerate((0.5, 0.6, 0.7)):
         trial.epoch(done, 2, accuracy)
@@ -293,7 +306,7 @@ def test_extra_epochs_are_given_again_to_the_front_alone() -> None:
 
 @pytest.mark.parametrize(("limit_ms", "granted"), [(14.0, 0), (15.0, 2)])
 def test_no_extra_epochs_beyond_the_latency_limit(limit_ms: float, granted: int) -> None:
-    uncertain = gate(extra_epochs=2, limits=Limits(latency_ms=limit_ms))
+    uncertain = gate(*CURVES, extra_epochs=2, limits=Limits(latency_ms=limit_ms))
     assert uncertain.measured(0.725, (0.65, 0.8), 1.0) is None  # 14.5 ms, perhaps 13
     for done, accuracy in enumerate((0.5, 0.6, 0.7)):
         uncertain.epoch(done, 2, accuracy)

@@ -46,7 +46,7 @@ from search.proxy import score_kept
 from search.rerank import group_scores
 from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
-from search.screening import first_points
+from search.screening import screened_points
 from search.sections import Limits
 from search.space import known_points, scattered_points
 from search.storage import SearchError, StorageAwayError, open_storage
@@ -739,11 +739,10 @@ def test_a_plan_belongs_to_one_trial(study: StudyFile, trial: Callable[[RunTrial
 def test_screening_finds_what_plans_promise(tmp_path: Path) -> None:
     study = make_study(tmp_path, trials=12, screening={"candidates": 200, "keep": 3})
     bench = make_bench(study.device("first").device())
-    points = first_points(study, "first", bench)
-    assert points == first_points(study, "first", bench)
-    assert len(points) == 4 + 3
-    assert points[::2] == known_points(study.search)
-    screened = [params_at(study.search, point, 4) for point in points[1::2]]
+    points = screened_points(study, "first", bench)
+    assert points == screened_points(study, "first", bench)
+    assert len(points) == 3
+    screened = [params_at(study.search, point, 4) for point in points]
     assert all(0.1 <= p.ratio <= 0.7 for p in screened)
     plans = [make_plan(p, rerank(p, bench), bench) for p in screened]
     predicted = [predict_ms(plan, bench.profile) for plan in plans]
@@ -764,13 +763,15 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     limits = {"latency_ms": 2.0}
     study = make_study(tmp_path, trials=12, limits=limits, screening={"candidates": 200, "keep": 3})
     bench = make_bench(study.device("first").device())
-    for point in first_points(study, "first", bench)[1:6:2]:
+    points = screened_points(study, "first", bench)
+    assert len(points) == 3
+    for point in points:
         params = params_at(study.search, point, 4)
         assert predict_ms(make_plan(params, rerank(params, bench), bench), bench.profile) <= 2.0
     off = study.model_copy(update={"screening": study.screening.model_copy(update={"keep": 0})})
-    assert len(first_points(off, "first", bench)) == 4
-    short = study.model_copy(update={"trials": 3})
-    assert len(first_points(short, "first", bench)) == 2  # no more than is going to be run
+    assert screened_points(off, "first", bench) == []
+    short = study.model_copy(update={"trials": 7})
+    assert len(screened_points(short, "first", bench)) == 2  # no more than is going to be run
 
 
 @pytest.mark.parametrize(
@@ -825,14 +826,14 @@ def test_a_trial_taken_but_not_begun_is_begun_next(study: StudyFile, monkeypatch
     assert (begun.number, other.number) == (2, 3)
 
 
-def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
-    study = make_study(tmp_path, trials=4)
+def test_screened_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
+    study = make_study(tmp_path, trials=2)
     storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
     made: list[int] = []
 
     def make() -> list[dict[str, Any]]:
         made.append(1)
-        return [known_points(study.search)[0], {"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
+        return [{"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
 
     one, two = (DeviceStudy(study, "first", storage, workspace) for _ in range(2))
     for worker in (one, two):
@@ -860,7 +861,7 @@ def test_first_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
     assert made == [1]
     longer = DeviceStudy(study.model_copy(update={"trials": 9}), "first", storage, workspace)
     longer.seat(make)
-    longer.first_points()
+    longer.screened_points()
     assert made == [1, 1]  # another number of trials may want other points
 
 
