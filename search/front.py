@@ -87,15 +87,7 @@ class ParetoFront:
         base_ms, base_accuracy = _latency(self.baseline), _accuracy(self.baseline)
         if base_accuracy <= 0:
             return 0.0
-        area = 0.0
-        right = 1.0
-        for point in reversed(self.points):
-            left = _latency(point) / base_ms
-            if left >= right:
-                continue
-            area += (right - left) * _accuracy(point) / base_accuracy
-            right = left
-        return area
+        return covered([(_latency(p) / base_ms, _accuracy(p) / base_accuracy) for p in self.points])
 
     @property
     def knee(self) -> TrialResult:
@@ -193,6 +185,21 @@ class ParetoFront:
                 for p in self.points
             ],
         }
+
+
+def covered(points: Iterable[tuple[float, float]]) -> float:
+    """Area between points and the reference (1, 0), see `ParetoFront.hypervolume`.
+
+    Args:
+        points: latency and accuracy, both relative to the unpruned model's; dominated ones change nothing.
+    """
+    area, at, best = 0.0, 0.0, 0.0
+    for latency, accuracy in sorted(points):
+        if latency >= 1.0:
+            break
+        area += (latency - at) * best
+        at, best = latency, max(best, accuracy)
+    return area + (1.0 - at) * best
 
 
 def _latency(result: TrialResult) -> float:

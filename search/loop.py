@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from filelock import FileLock
 
@@ -25,7 +25,7 @@ from .bench import Shop
 from .front import ParetoFront
 from .heartbeat import Pulse
 from .result import TrialParams, TrialResult, brief
-from .screening import screened_points
+from .screening import Candidate, screened
 from .stopping import FrontGate, Gate, OpenGate
 from .storage import SearchError, StorageAwayError, open_storage
 from .study import Begun, DeviceStudy
@@ -180,12 +180,12 @@ def _open_lane(
         bench = shop.bench(study.device(name).device())
     device_study.claim(bench)
 
-    def points() -> Sequence[Mapping[str, Any]]:
+    def candidates() -> Sequence[Candidate]:
         front = device_study.front()
         base_ms = None if front is None else front.baseline.latency_ms
-        return screened_points(study, name, replace(bench, baseline_ms=base_ms))
+        return screened(study, name, replace(bench, baseline_ms=base_ms))
 
-    device_study.seat(points)
+    device_study.seat(candidates)
     device_study.collect()
     # Only what the storage knows: a trial may have been redone elsewhere while its first worker was away.
     known = {result.trial: result for result in device_study.results()}

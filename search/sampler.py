@@ -98,19 +98,21 @@ class NumberedSampler(BaseSampler):
         make: given a trial's number, the sampler for it.
         first: points of the study's first trials, any of the searched keys, what a point leaves out is drawn;
             none where all are drawn.
-        others: makes the points of the trials that follow. Called when a trial needs one, for it may take a
-            while.
+        choose: given a trial's number, a point for it, or None. Asked for the `chosen` trials that follow the
+            first ones, when each begins; it may take a while.
     """
 
     def __init__(
         self,
         make: Callable[[int], BaseSampler],
         first: Sequence[Mapping[str, Any]],
-        others: Callable[[], Sequence[Mapping[str, Any]]],
+        choose: Callable[[int], Mapping[str, Any] | None],
+        chosen: int,
     ):
         self._make = make
         self._first = first
-        self._others = others
+        self._choose = choose
+        self._chosen = chosen
         self._inner: BaseSampler | None = None
         self._point: Mapping[str, Any] | None = None
 
@@ -119,15 +121,13 @@ class NumberedSampler(BaseSampler):
         position = trial.number - sum(number < trial.number for number in queued)
         self._point = None
         if self._first and trial.number not in queued and 0 not in queued:
-            known = position < len(self._first)
-            self._point = self._first[position] if known else self._other(position - len(self._first))
+            if position < len(self._first):
+                self._point = self._first[position]
+            elif position < len(self._first) + self._chosen:
+                self._point = self._choose(trial.number)
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)
-
-    def _other(self, position: int) -> Mapping[str, Any] | None:
-        others = self._others()
-        return others[position] if position < len(others) else None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         assert self._inner is not None

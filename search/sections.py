@@ -199,12 +199,15 @@ class StoppingSection(Section):
 
 
 class ScreeningSection(Section):
-    """How many candidates are judged by what their plans promise, and how many of them are tried after the
-    known points.
+    """Which candidates are tried between the known points and what the sampler draws.
+
+    Attributes:
+        candidates: points that are planned and judged by what their plans promise, see `search.screening`.
+        keep: trials that take the most promising one, see `search.promising`; 0 leaves all to the sampler.
     """
 
     candidates: Annotated[int, Field(ge=0)] = 1000
-    keep: Annotated[int, Field(ge=0)] = 3
+    keep: Annotated[int, Field(ge=0)] = 8
 
 
 class DeviceSection(Section):

@@ -21,9 +21,11 @@ from .conditions import changed, conditions_of_trials
 from .front import ParetoFront
 from .heartbeat import Pulse, Watch, identity, is_gone
 from .params import params_at
+from .promising import most_promising
 from .result import TrialParams, TrialResult
 from .sampler import NumberedSampler, grid_size, make_sampler
-from .shared_points import Point, SharedPoints
+from .screening import Candidate
+from .shared_candidates import SharedCandidates
 from .shown import constraints_of, shown_to_sampler
 from .space import known_points, searched_space, suggest, unpruned, unpruned_point
 from .storage import SearchError, StorageAwayError, answering
@@ -81,7 +83,7 @@ class DeviceStudy:
             )
             self.optuna.set_metric_names(["accuracy", "latency_ms"])
             self._id = storage.get_study_id_from_name(name)
-        self._points: SharedPoints | None = None
+        self._candidates: SharedCandidates | None = None
         self.seat(None)
 
     @classmethod
@@ -160,23 +162,24 @@ class DeviceStudy:
 
     # -- asking
 
-    def seat(self, points: Callable[[], Sequence[Point]] | None) -> None:
+    def seat(self, candidates: Callable[[], Sequence[Candidate]] | None) -> None:
         """Seat the sampler.
 
         Args:
-            points: makes what is tried after the unpruned model and the known points; None where the sampler
-                decides of all.
+            candidates: screens, for the trials after the unpruned model and the known points; None where the
+                sampler decides of all.
         """
         search = self.file.search
-        self._points, first = None, []
-        if points is not None:
+        self._candidates, first, chosen = None, [], 0
+        if candidates is not None:
             first = [unpruned_point(search)]
             if search.sampler != "grid":
-                first += known_points(search)[: max(0, self.file.trials - 1)]
+                first += known_points(search)
+                chosen = self.file.screening.keep
             url = self.workspace.storage_url(self.file.storage)
-            # Making points takes seconds, in which others may well begin and end trials.
-            turn = turns(url, f"{self.optuna.study_name}.points", self.workspace.folder)
-            self._points = SharedPoints(self.file, self.device, self.optuna, turn, points)
+            # Screening takes seconds, in which others may well begin and end trials.
+            turn = turns(url, f"{self.optuna.study_name}.candidates", self.workspace.folder)
+            self._candidates = SharedCandidates(self.file, self.device, self.optuna, turn, candidates)
         space = searched_space(search)
 
         def make(number: int) -> optuna.samplers.BaseSampler:
@@ -185,14 +188,19 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, first, self.screened_points)
+        self.optuna.sampler = NumberedSampler(make, first, self._promising, chosen)
 
-    def screened_points(self) -> Sequence[Point]:
-        """What is tried after the known points, made by one worker and read by the others."""
-        if self._points is None:
-            return ()
+    def _promising(self, number: int) -> Mapping[str, Any] | None:
+        """The point of the screened candidate that a trial should try; None where there is none worth it."""
+        if self._candidates is None:
+            return None
         with self._answering():
-            return self._points.get()
+            candidates = self._candidates.get()
+            trials = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        begun = [t.params or None for t in trials if 0 < t.number < number]
+        results = [r for r in self.results() if r.trial < number]
+        found = most_promising(candidates, results, begun, self.file.limits_of(self.device))
+        return None if found is None else found.point
 
     def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:
         """What this worker is to do: redo a trial whose worker died, begin a new one, wait, or stop.

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("profiles", "objectives", "search")
 #: The only modules that may import a library; everything else goes through them.
 KNOWN_TO = {
-    "optuna": {f"search/{n}.py" for n in ("space", "sampler", "shared_points", "storage", "study")},
+    "optuna": {f"search/{n}.py" for n in ("space", "sampler", "shared_candidates", "storage", "study")},
     "mlflow": {p.relative_to(ROOT).as_posix() for p in (ROOT / "search/tracking").glob("*.py")},
     "torch_pruning": {"search/groups.py", "search/prune.py"},
     "ultralytics": {p.relative_to(ROOT).as_posix() for p in (ROOT / "objectives/detection").glob("*.py")},

@@ -42,11 +42,11 @@ from search.loop import run_search
 from search.params import fixed_params, params_at
 from search.planning import make_plan, rerank
 from search.prediction import predict_ms
-from search.proxy import score_kept
+from search.proxy import Proxy, score_kept
 from search.rerank import group_scores
 from search.result import TrialParams, TrialResult
 from search.scores import ChannelScores
-from search.screening import screened_points
+from search.screening import Candidate, screened
 from search.sections import Limits
 from search.space import known_points, scattered_points
 from search.storage import SearchError, StorageAwayError, open_storage
@@ -739,14 +739,16 @@ def test_a_plan_belongs_to_one_trial(study: StudyFile, trial: Callable[[RunTrial
 def test_screening_finds_what_plans_promise(tmp_path: Path) -> None:
     study = make_study(tmp_path, trials=12, screening={"candidates": 200, "keep": 3})
     bench = make_bench(study.device("first").device())
-    points = screened_points(study, "first", bench)
-    assert points == screened_points(study, "first", bench)
-    assert len(points) == 3
-    screened = [params_at(study.search, point, 4) for point in points]
-    assert all(0.1 <= p.ratio <= 0.7 for p in screened)
-    plans = [make_plan(p, rerank(p, bench), bench) for p in screened]
+    found = screened(study, "first", bench)
+    assert found == screened(study, "first", bench)
+    assert [Candidate.from_json(json.loads(json.dumps(c.to_json()))) for c in found] == found
+    assert len(found) > 3
+    asked = [params_at(study.search, candidate.point, 4) for candidate in found]
+    assert all(0.1 <= p.ratio <= 0.7 for p in asked)
+    plans = [make_plan(p, rerank(p, bench), bench) for p in asked]
+    assert [plan.digest for plan in plans] == [candidate.way for candidate in found]
     predicted = [predict_ms(plan, bench.profile) for plan in plans]
-    assert predicted == sorted(predicted)
+    assert predicted == [candidate.predicted_ms for candidate in found] == sorted(predicted)
     # Of all 200 none is both faster and keeps more of the scores.
     scores = group_scores(bench.scores["taylor"].layers, bench.groups)
     others = [params_at(study.search, point, 4) for point in scattered_points(study.search, 200, 0)]
@@ -763,15 +765,13 @@ def test_screening_heeds_the_limit_and_can_be_switched_off(tmp_path: Path) -> No
     limits = {"latency_ms": 2.0}
     study = make_study(tmp_path, trials=12, limits=limits, screening={"candidates": 200, "keep": 3})
     bench = make_bench(study.device("first").device())
-    points = screened_points(study, "first", bench)
-    assert len(points) == 3
-    for point in points:
-        params = params_at(study.search, point, 4)
+    found = screened(study, "first", bench)
+    assert len(found) > 3
+    for candidate in found:
+        params = params_at(study.search, candidate.point, 4)
         assert predict_ms(make_plan(params, rerank(params, bench), bench), bench.profile) <= 2.0
-    off = study.model_copy(update={"screening": study.screening.model_copy(update={"keep": 0})})
-    assert screened_points(off, "first", bench) == []
-    short = study.model_copy(update={"trials": 7})
-    assert len(screened_points(short, "first", bench)) == 2  # no more than is going to be run
+    none = study.model_copy(update={"screening": study.screening.model_copy(update={"candidates": 0})})
+    assert screened(none, "first", bench) == []
 
 
 @pytest.mark.parametrize(
@@ -826,43 +826,50 @@ def test_a_trial_taken_but_not_begun_is_begun_next(study: StudyFile, monkeypatch
     assert (begun.number, other.number) == (2, 3)
 
 
-def test_screened_points_are_made_once_for_all_workers(tmp_path: Path) -> None:
-    study = make_study(tmp_path, trials=2)
+def test_candidates_are_screened_once_for_all_workers_who_choose_different_ones(tmp_path: Path) -> None:
+    screening = {"keep": 4}
+    study = make_study(tmp_path, trials=9, screening=screening)
     storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
     made: list[int] = []
 
-    def make() -> list[dict[str, Any]]:
+    def make() -> list[Candidate]:
         made.append(1)
-        return [{"beta": 0.25, "ratio": 0.5}, {"ratio": 0.125}]
+        return [
+            Candidate({"beta": 0.25, "ratio": 0.5}, "a", "finetune", 0.5, Proxy("scores", 0.6)),
+            Candidate({"beta": 0.5, "ratio": 0.625}, "b", "finetune", 0.3, Proxy("scores", 0.4)),
+        ]
 
     one, two = (DeviceStudy(study, "first", storage, workspace) for _ in range(2))
     for worker in (one, two):
         worker.seat(make)
-    first = one.next_trial(9, 4)
-    assert isinstance(first, Begun)
-    assert (first.params.ratio, made) == (0.0, [])  # nobody waits for points to measure the unpruned model
-    numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
-    done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
-    assert one.tell(first, done)
-    known = two.next_trial(9, 4)
-    assert isinstance(known, Begun)
-    assert (known.params.beta, known.params.ratio, made) == (0.0, pytest.approx(0.55), [])  # nor for this one
 
-    def elsewhere(worker: DeviceStudy, host: str) -> Begun:
+    def elsewhere(worker: DeviceStudy, host: str) -> TrialParams:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(search.study, "identity", lambda: {**identity(), "host": host})
             begun = worker.next_trial(9, 4)
         assert isinstance(begun, Begun)
-        return begun
+        return begun.params
 
-    second, third = elsewhere(one, "second"), elsewhere(two, "third")
-    assert (second.params.beta, second.params.ratio) == (0.25, 0.5)
-    assert third.params.ratio == 0.125
+    first = one.next_trial(9, 4)
+    assert isinstance(first, Begun)
+    assert first.params.ratio == 0.0
+    numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
+    done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
+    assert one.tell(first, done)
+    known = [elsewhere(two, f"known{n}").ratio for n in range(4)]
+    assert (known, made) == (pytest.approx([0.55, 0.4, 0.3, 0.25]), [])  # nobody waits for the screening
+    fifth, sixth = elsewhere(one, "fifth"), elsewhere(two, "sixth")
+    assert (fifth.beta, fifth.ratio) == (0.25, 0.5)
+    assert (sixth.beta, sixth.ratio) == (0.5, 0.625)  # what the fifth will bring is taken for granted
+    seventh = elsewhere(two, "seventh")
+    assert (seventh.beta, seventh.ratio) not in ((0.25, 0.5), (0.5, 0.625))  # the sampler's
     assert made == [1]
-    longer = DeviceStudy(study.model_copy(update={"trials": 9}), "first", storage, workspace)
-    longer.seat(make)
-    longer.screened_points()
-    assert made == [1, 1]  # another number of trials may want other points
+    limits = {"latency_ms": 0.4}
+    changed = make_study(tmp_path, trials=9, screening=screening, limits=limits)
+    limited = DeviceStudy(changed, "first", storage, workspace)
+    limited.seat(make)
+    elsewhere(limited, "eighth")
+    assert made == [1, 1]  # another limit may want other candidates
 
 
 def test_a_limit_set_or_lifted_later_leaves_the_constraints_alike(tmp_path: Path) -> None:

@@ -1,0 +1,125 @@
+"""The screened candidate that is expected to grow the front most.
+
+What a plan promises (`search.proxy`) is no accuracy, and a latency model has its error; what both mean on
+this device the trials so far have shown, and the next one goes where, by that, the largest gap is. Knows
+records only: no bench, no storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from .front import covered
+from .result import TrialResult
+from .screening import Candidate
+from .sections import Limits
+
+#: Of the hypervolume; a smaller gain is within what two trainings of one network differ.
+LEAST_GAIN = 0.001
+
+Expected = tuple[float, float]
+
+
+def most_promising(
+    candidates: Sequence[Candidate],
+    results: Sequence[TrialResult],
+    begun: Sequence[Mapping[str, Any] | None] = (),
+    limits: Limits | None = None,
+) -> Candidate | None:
+    """The candidate whose expected latency and accuracy add most to the hypervolume, of those not tried yet.
+
+    Args:
+        results: the device's finished trials.
+        begun: points of the trials in flight, None for one that is about to choose. What they are expected to
+            bring is taken for granted, so that workers who choose at the same time choose differently.
+        limits: what is expected to be less accurate than these allow is not chosen.
+
+    Returns:
+        None where none is expected to add `LEAST_GAIN`, or before trial 0 is complete.
+    """
+    complete = [r for r in results if r.state == "complete"]
+    baseline = next((r for r in complete if r.trial == 0), None)
+    if baseline is None or not baseline.accuracy or not baseline.latency_ms:
+        return None
+    known = [(_ms(r) / baseline.latency_ms, _accuracy(r) / baseline.accuracy) for r in complete]
+    tried = {r.way for r in results}
+    least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
+    expected = {c.way: (c, _expected(c, complete, baseline)) for c in candidates if c.way not in tried}
+    left = {way: one for way, one in expected.items() if one[1][1] >= least}
+
+    def take(way: str) -> None:
+        known.append(left.pop(way)[1])
+
+    def best() -> str | None:
+        before = covered(known)
+        gains = {way: covered([*known, likely]) - before for way, (_, likely) in left.items()}
+        way = max(gains, key=gains.__getitem__, default=None)
+        return way if way is not None and gains[way] >= LEAST_GAIN else None
+
+    for point in begun:
+        ways = [best()] if point is None else [way for way, (c, _) in left.items() if c.point == point]
+        for way in ways:
+            if way is not None:
+                take(way)
+    chosen = best()
+    return None if chosen is None else left[chosen][0]
+
+
+def _expected(candidate: Candidate, complete: Sequence[TrialResult], baseline: TrialResult) -> Expected:
+    """Latency and accuracy, relative to the unpruned model's."""
+    kind, recovery = candidate.proxy.kind, candidate.recovery
+    alike = [r for r in complete if r.trial > 0 and r.asked.recovery == recovery]
+    accuracy = _accuracy_by_kept(alike, kind, _accuracy(baseline))(candidate.proxy.kept)
+    latency_ms = candidate.predicted_ms * _factor(complete)(candidate.predicted_ms)
+    return latency_ms / _ms(baseline), accuracy / _accuracy(baseline)
+
+
+def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float) -> Callable[[float], float]:
+    """What a plan that keeps so much can reach.
+
+    Among trials that were trained alike accuracy falls with `1 / kept - 1`, by loss curves the rise of the
+    loss as a share of the unpruned one, along a nearly straight line. So between trials a straight line is
+    taken, and beyond the deepest the one from the unpruned model through it. A trial counts where none that
+    kept less did better: others were trained for less.
+    """
+    seen = [
+        (proxy["kept"], _accuracy(r))
+        for r in trials
+        if (proxy := r.details.get("proxy")) and proxy["kind"] == kind and proxy["kept"] > 0
+    ]
+    line: list[tuple[float, float]] = []
+    for kept, accuracy in sorted(seen):
+        if not line or accuracy > line[-1][1]:
+            line.append((1 / kept - 1, accuracy))
+    if not line:  # what is kept of the accuracy, for want of anything better
+        return lambda kept: unpruned * kept
+    deepest, reached = line[0]
+    if reached < unpruned:
+        line.insert(0, (deepest * unpruned / (unpruned - reached), 0.0))
+    line.append((0.0, max(unpruned, line[-1][1])))
+    rises, accuracies = zip(*reversed(line), strict=True)
+    return lambda kept: float(np.interp(1 / kept - 1, rises, accuracies)) if kept > 0 else 0.0
+
+
+def _factor(complete: Sequence[TrialResult]) -> Callable[[float], float]:
+    """Measured over predicted latency as a function of the predicted one."""
+    seen = sorted(
+        (r.predicted_latency_ms, _ms(r) / r.predicted_latency_ms) for r in complete if r.predicted_latency_ms
+    )
+    if not seen:
+        return lambda predicted: 1.0
+    predicted_ms, factors = zip(*seen, strict=True)
+    return lambda predicted: float(np.interp(predicted, predicted_ms, factors))
+
+
+def _ms(result: TrialResult) -> float:
+    assert result.latency_ms is not None
+    return result.latency_ms
+
+
+def _accuracy(result: TrialResult) -> float:
+    assert result.accuracy is not None
+    return result.accuracy
