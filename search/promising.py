@@ -7,8 +7,7 @@ records only: no bench, no storage.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -26,15 +25,15 @@ Expected = tuple[float, float]
 def most_promising(
     candidates: Sequence[Candidate],
     results: Sequence[TrialResult],
-    begun: Sequence[Mapping[str, Any] | None] = (),
+    begun: Collection[str] = (),
     limits: Limits | None = None,
 ) -> Candidate | None:
     """The candidate whose expected latency and accuracy add most to the hypervolume, of those not tried yet.
 
     Args:
         results: the device's finished trials.
-        begun: points of the trials in flight, None for one that is about to choose. What they are expected to
-            bring is taken for granted, so that workers who choose at the same time choose differently.
+        begun: the ways of candidates that are being tried. What they are expected to bring is taken for
+            granted.
         limits: what is expected to be less accurate than these allow is not chosen.
 
     Returns:
@@ -44,28 +43,19 @@ def most_promising(
     baseline = next((r for r in complete if r.trial == 0), None)
     if baseline is None or not baseline.accuracy or not baseline.latency_ms:
         return None
-    known = [(_ms(r) / baseline.latency_ms, _accuracy(r) / baseline.accuracy) for r in complete]
+    front = [(_ms(r) / baseline.latency_ms, _accuracy(r) / baseline.accuracy) for r in complete]
     tried = {r.way for r in results}
     least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
     expected = {c.way: (c, _expected(c, complete, baseline)) for c in candidates if c.way not in tried}
-    left = {way: one for way, one in expected.items() if one[1][1] >= least}
-
-    def take(way: str) -> None:
-        known.append(left.pop(way)[1])
-
-    def best() -> str | None:
-        before = covered(known)
-        gains = {way: covered([*known, likely]) - before for way, (_, likely) in left.items()}
-        way = max(gains, key=gains.__getitem__, default=None)
-        return way if way is not None and gains[way] >= LEAST_GAIN else None
-
-    for point in begun:
-        ways = [best()] if point is None else [way for way, (c, _) in left.items() if c.point == point]
-        for way in ways:
-            if way is not None:
-                take(way)
-    chosen = best()
-    return None if chosen is None else left[chosen][0]
+    front += [likely for way, (_, likely) in expected.items() if way in begun]
+    before = covered(front)
+    gains = [
+        (covered([*front, likely]) - before, candidate)
+        for way, (candidate, likely) in expected.items()
+        if way not in begun and likely[1] >= least
+    ]
+    gain, chosen = max(gains, key=lambda one: one[0], default=(0.0, None))
+    return chosen if gain >= LEAST_GAIN else None
 
 
 def _expected(candidate: Candidate, complete: Sequence[TrialResult], baseline: TrialResult) -> Expected:

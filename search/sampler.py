@@ -98,7 +98,7 @@ class NumberedSampler(BaseSampler):
         make: given a trial's number, the sampler for it.
         first: points of the study's first trials, any of the searched keys, what a point leaves out is drawn;
             none where all are drawn.
-        choose: given a trial's number, a point for it, or None. Asked for the `chosen` trials that follow the
+        choose: given a trial, a point for it, or None. Asked for the `chosen` trials that follow the
             first ones, when each begins; it may take a while.
     """
 
@@ -106,7 +106,7 @@ class NumberedSampler(BaseSampler):
         self,
         make: Callable[[int], BaseSampler],
         first: Sequence[Mapping[str, Any]],
-        choose: Callable[[int], Mapping[str, Any] | None],
+        choose: Callable[[FrozenTrial], Mapping[str, Any] | None],
         chosen: int,
     ):
         self._make = make
@@ -124,7 +124,7 @@ class NumberedSampler(BaseSampler):
             if position < len(self._first):
                 self._point = self._first[position]
             elif position < len(self._first) + self._chosen:
-                self._point = self._choose(trial.number)
+                self._point = self._choose(trial)
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)

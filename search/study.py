@@ -35,6 +35,7 @@ from .turns import Finished, Waiting, turns
 from .workspace import Workspace, read_result
 
 _RESULT, _WORKER, _BEAT, _PLAN, _DEATHS = "result", "worker", "beat", "plan", "deaths"
+_CANDIDATE = "candidate"
 _IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 #: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
 #: blindly, or a sampler might insist; after twenty the space has nothing more to give.
@@ -190,16 +191,25 @@ class DeviceStudy:
 
         self.optuna.sampler = NumberedSampler(make, first, self._promising, chosen)
 
-    def _promising(self, number: int) -> Mapping[str, Any] | None:
-        """The point of the screened candidate that a trial should try; None where there is none worth it."""
+    def _promising(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
+        """The point of the screened candidate that a trial tries; None where there is none worth it."""
         if self._candidates is None:
             return None
         with self._answering():
             candidates = self._candidates.get()
-            trials = self.optuna.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-        begun = [t.params or None for t in trials if 0 < t.number < number]
-        results = [r for r in self.results() if r.trial < number]
-        found = most_promising(candidates, results, begun, self.file.limits_of(self.device))
+            with self._turn():  # or two workers would choose the same
+                taken = [t for t in self.optuna.get_trials(deepcopy=False) if _CANDIDATE in t.user_attrs]
+                own = next((t.user_attrs[_CANDIDATE] for t in taken if t.number == trial.number), None)
+                found = next((c for c in candidates if c.way == own), None)  # a trial that is redone
+                if found is None:
+                    # One that failed would fail again.
+                    over = {t.user_attrs[_CANDIDATE] for t in taken if t.state.is_finished()}
+                    begun = {t.user_attrs[_CANDIDATE] for t in taken} - over
+                    left = [c for c in candidates if c.way not in over]
+                    limits = self.file.limits_of(self.device)
+                    found = most_promising(left, self.results(), begun, limits)
+                if found is not None:
+                    self._storage.set_trial_user_attr(trial._trial_id, _CANDIDATE, found.way)
         return None if found is None else found.point
 
     def next_trial(self, wanted: int, auto_round_to: int) -> Begun | Waiting | Finished:

@@ -112,10 +112,9 @@ def test_trials_in_flight_count_as_what_they_are_expected_to_bring() -> None:
     near = candidate(5.1, 0.405)
     four = [*CANDIDATES, near]
     assert chosen(four, FAR_APART) == "at5"
-    assert chosen(four, FAR_APART, [CANDIDATES[1].point]) == "at2.9"  # not the one beside it
-    assert chosen(four, FAR_APART, [None]) == "at2.9"  # somebody is about to choose the first
-    assert chosen(four, FAR_APART, [{"ratio": 0.123}]) == "at5"  # no candidate: the sampler's
-    assert chosen(CANDIDATES[1:2], FAR_APART, [None, None]) is None
+    assert chosen(four, FAR_APART, {"at5"}) == "at2.9"  # not the one beside it
+    assert chosen(four, FAR_APART, {"of another study file"}) == "at5"
+    assert chosen(CANDIDATES[1:2], FAR_APART, {"at5"}) is None
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_trials_in_flight_count_as_what_they_are_expected_to_bring() -> None:
 )
 def test_what_cannot_be_accurate_enough_is_not_chosen(accuracy: float | None, expected: str | None) -> None:
     """0.645 are expected at 5 ms, 0.748 at 7.9."""
-    assert chosen(CANDIDATES, FAR_APART, [], Limits(accuracy=accuracy)) == expected
+    assert chosen(CANDIDATES, FAR_APART, (), Limits(accuracy=accuracy)) == expected
 
 
 def test_covered_area() -> None:

@@ -872,6 +872,36 @@ def test_candidates_are_screened_once_for_all_workers_who_choose_different_ones(
     assert made == [1, 1]  # another limit may want other candidates
 
 
+def test_a_candidate_that_failed_is_not_tried_again_and_one_cut_off_is(tmp_path: Path) -> None:
+    study = make_study(tmp_path, trials=9)
+    storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    worker = DeviceStudy(study, "first", storage, workspace)
+    points = [{"beta": 0.25, "ratio": 0.5}, {"beta": 0.5, "ratio": 0.625}]
+    worker.seat(
+        lambda: [
+            Candidate(points[0], "a", "finetune", 0.5, Proxy("scores", 0.6)),
+            Candidate(points[1], "b", "finetune", 0.3, Proxy("scores", 0.4)),
+        ]
+    )
+
+    def begun() -> Begun:
+        taken = worker.next_trial(9, 4)
+        assert isinstance(taken, Begun)
+        return taken
+
+    numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
+    assert worker.tell(begun(), TrialResult(0, "first", "print", TrialParams(), "complete", **numbers))  # type: ignore[arg-type]
+    for number in range(1, 5):
+        assert worker.tell(begun(), TrialResult.failed(number, "first", "print", TrialParams(), "known"))
+    one = begun()
+    assert dict(one.trial.params) == points[0]
+    worker.give_up(one)  # as if it had been killed
+    again = begun()
+    assert (again.number, dict(again.trial.params)) == (one.number, points[0])
+    assert worker.tell(again, TrialResult.failed(one.number, "first", "print", again.params, "broken"))
+    assert dict(begun().trial.params) == points[1]
+
+
 def test_a_limit_set_or_lifted_later_leaves_the_constraints_alike(tmp_path: Path) -> None:
     """The GP sampler refuses to go on where complete trials differ in theirs."""
     study = make_study(tmp_path, limits={"latency_ms": 4.0}, search={"sampler": "gp"}, trials=12)
