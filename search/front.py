@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .result import TrialResult
+from .result import TrialResult, accuracy_of, latency_of
 
 
 class NoSuchPointError(LookupError):
@@ -68,10 +68,10 @@ class ParetoFront:
         baseline = complete[0]
         points: list[TrialResult] = []
         best = -math.inf
-        for result in sorted(complete, key=lambda r: (_latency(r), -_accuracy(r), r.trial)):
-            if _accuracy(result) > best:
+        for result in sorted(complete, key=lambda r: (latency_of(r), -accuracy_of(r), r.trial)):
+            if accuracy_of(result) > best:
                 points.append(result)
-                best = _accuracy(result)
+                best = accuracy_of(result)
         # Dominated results are checked like the rest: a foreign one must not pass because it lost.
         cls(baseline.device, baseline.fingerprint, baseline, tuple(complete))
         return cls(baseline.device, baseline.fingerprint, baseline, tuple(points))
@@ -84,10 +84,10 @@ class ParetoFront:
         unpruned latency, no accuracy at all. Points slower than the unpruned model cover nothing. Comparable
         between devices and studies of one model.
         """
-        base_ms, base_accuracy = _latency(self.baseline), _accuracy(self.baseline)
+        base_ms, base_accuracy = latency_of(self.baseline), accuracy_of(self.baseline)
         if base_accuracy <= 0:
             return 0.0
-        return covered([(_latency(p) / base_ms, _accuracy(p) / base_accuracy) for p in self.points])
+        return covered([(latency_of(p) / base_ms, accuracy_of(p) / base_accuracy) for p in self.points])
 
     @property
     def knee(self) -> TrialResult:
@@ -99,12 +99,12 @@ class ParetoFront:
         if len(self.points) < 3:
             return self.points[-1]
         first, last = self.points[0], self.points[-1]
-        width = _latency(last) - _latency(first)
-        height = _accuracy(last) - _accuracy(first)
+        width = latency_of(last) - latency_of(first)
+        height = accuracy_of(last) - accuracy_of(first)
 
         def above(point: TrialResult) -> float:
-            x = (_latency(point) - _latency(first)) / width
-            y = (_accuracy(point) - _accuracy(first)) / height
+            x = (latency_of(point) - latency_of(first)) / width
+            y = (accuracy_of(point) - accuracy_of(first)) / height
             return y - x
 
         return max(self.points, key=lambda p: (above(p), -p.trial))
@@ -136,17 +136,16 @@ class ParetoFront:
         within = [
             p
             for p in self.points
-            if (max_latency_ms is None or _latency(p) <= max_latency_ms)
-            and (min_accuracy is None or _accuracy(p) >= min_accuracy)
+            if (max_latency_ms is None or latency_of(p) <= max_latency_ms)
+            and (min_accuracy is None or accuracy_of(p) >= min_accuracy)
         ]
         if not within:
             fastest, best = self.points[0], self.points[-1]
             raise NoSuchPointError(
                 f"no point of {self.device} is within the limits asked (max latency {max_latency_ms} ms, "
-                "min accuracy "
-                f"{min_accuracy}); the fastest is {_latency(fastest):.2f} ms at {_accuracy(fastest):.4f}, "
-                "the "
-                f"most accurate {_latency(best):.2f} ms at {_accuracy(best):.4f}"
+                f"min accuracy {min_accuracy}); the fastest is {latency_of(fastest):.2f} ms at "
+                f"{accuracy_of(fastest):.4f}, the most accurate {latency_of(best):.2f} ms at "
+                f"{accuracy_of(best):.4f}"
             )
         return within[0] if max_latency_ms is None else within[-1]
 
@@ -200,13 +199,3 @@ def covered(points: Iterable[tuple[float, float]]) -> float:
         area += (latency - at) * best
         at, best = latency, max(best, accuracy)
     return area + (1.0 - at) * best
-
-
-def _latency(result: TrialResult) -> float:
-    assert result.latency_ms is not None
-    return result.latency_ms
-
-
-def _accuracy(result: TrialResult) -> float:
-    assert result.accuracy is not None
-    return result.accuracy

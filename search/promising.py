@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 
 from .front import covered
-from .result import TrialResult
+from .result import TrialResult, accuracy_of, latency_of
 from .screening import Candidate
 from .sections import Limits
 
@@ -43,7 +43,7 @@ def most_promising(
     baseline = next((r for r in complete if r.trial == 0), None)
     if baseline is None or not baseline.accuracy or not baseline.latency_ms:
         return None
-    front = [(_ms(r) / baseline.latency_ms, _accuracy(r) / baseline.accuracy) for r in complete]
+    front = [(latency_of(r) / baseline.latency_ms, accuracy_of(r) / baseline.accuracy) for r in complete]
     tried = {r.way for r in results}
     least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
     expected = {c.way: (c, _expected(c, complete, baseline)) for c in candidates if c.way not in tried}
@@ -62,9 +62,9 @@ def _expected(candidate: Candidate, complete: Sequence[TrialResult], baseline: T
     """Latency and accuracy, relative to the unpruned model's."""
     kind, recovery = candidate.proxy.kind, candidate.recovery
     alike = [r for r in complete if r.trial > 0 and r.asked.recovery == recovery]
-    accuracy = _accuracy_by_kept(alike, kind, _accuracy(baseline))(candidate.proxy.kept)
+    accuracy = _accuracy_by_kept(alike, kind, accuracy_of(baseline))(candidate.proxy.kept)
     latency_ms = candidate.predicted_ms * _factor(complete)(candidate.predicted_ms)
-    return latency_ms / _ms(baseline), accuracy / _accuracy(baseline)
+    return latency_ms / latency_of(baseline), accuracy / accuracy_of(baseline)
 
 
 def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float) -> Callable[[float], float]:
@@ -76,7 +76,7 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
     kept less did better: others were trained for less.
     """
     seen = [
-        (proxy["kept"], _accuracy(r))
+        (proxy["kept"], accuracy_of(r))
         for r in trials
         if (proxy := r.details.get("proxy")) and proxy["kind"] == kind and proxy["kept"] > 0
     ]
@@ -97,19 +97,11 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
 def _factor(complete: Sequence[TrialResult]) -> Callable[[float], float]:
     """Measured over predicted latency as a function of the predicted one."""
     seen = sorted(
-        (r.predicted_latency_ms, _ms(r) / r.predicted_latency_ms) for r in complete if r.predicted_latency_ms
+        (r.predicted_latency_ms, latency_of(r) / r.predicted_latency_ms)
+        for r in complete
+        if r.predicted_latency_ms
     )
     if not seen:
         return lambda predicted: 1.0
     predicted_ms, factors = zip(*seen, strict=True)
     return lambda predicted: float(np.interp(predicted, predicted_ms, factors))
-
-
-def _ms(result: TrialResult) -> float:
-    assert result.latency_ms is not None
-    return result.latency_ms
-
-
-def _accuracy(result: TrialResult) -> float:
-    assert result.accuracy is not None
-    return result.accuracy

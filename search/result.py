@@ -185,6 +185,18 @@ class TrialResult:
         return cls(**known)
 
 
+def latency_of(result: TrialResult) -> float:
+    """What a complete trial has for certain, in milliseconds."""
+    assert result.latency_ms is not None
+    return result.latency_ms
+
+
+def accuracy_of(result: TrialResult) -> float:
+    """What a complete trial has for certain, in [0, 1]."""
+    assert result.accuracy is not None
+    return result.accuracy
+
+
 def way_of(plan_digest: str, recovery: str) -> str:
     """Names a plan together with how it is trained back."""
     return plan_digest if recovery == "finetune" else f"{plan_digest}-{recovery}"

@@ -19,7 +19,7 @@ from profiles.latency_profile import LatencyProfile
 from .plan import PruningPlan
 from .prediction import predict_ms
 from .proxy import Proxy
-from .result import TrialResult, way_of
+from .result import TrialResult, accuracy_of, way_of
 from .sections import Limits, StoppingSection
 
 #: A latency measured as no lower than the unpruned model's ends a trial only where its interval leaves less
@@ -131,18 +131,18 @@ class FrontGate:
             return f"no faster than the unpruned model: {shown}"
         ceiling = self._expected_ceiling()
         rival = self._rival(self._low_ms)
-        if ceiling is None or rival is None or _accuracy(rival) < ceiling:
+        if ceiling is None or rival is None or accuracy_of(rival) < ceiling:
             return None
         return (
             f"dominated: {shown}, at most {ceiling:.4f} expected; trial {rival.trial} has "
-            f"{_accuracy(rival):.4f} at {rival.latency_ms:.2f} ms"
+            f"{accuracy_of(rival):.4f} at {rival.latency_ms:.2f} ms"
         )
 
     def _expected_ceiling(self) -> float | None:
         """The highest accuracy that what the plan keeps promises, by the trials so far."""
         if self._proxy is None:
             return None
-        earlier = [(r.details.get("proxy"), _accuracy(r)) for r in self._alike()]
+        earlier = [(r.details.get("proxy"), accuracy_of(r)) for r in self._alike()]
         promised = [(Proxy.from_json(data), accuracy) for data, accuracy in earlier if data is not None]
         seen = sorted((p.kept, accuracy) for p, accuracy in promised if p.kind == self._proxy.kind)
         if len(seen) <= self.rules.after:
@@ -169,7 +169,7 @@ class FrontGate:
 
     def _out_of_reach(self, done: int, epochs: int) -> str | None:
         """Even the largest gain that trials as damaged as this one made from here on would not do."""
-        base, best = _accuracy(self.baseline), max(self._curve)
+        base, best = accuracy_of(self.baseline), max(self._curve)
         gap = base - best
         if gap <= 0:
             return None
@@ -188,9 +188,9 @@ class FrontGate:
         if self.limits.accuracy is not None and ceiling < self.limits.accuracy:
             return f"cannot reach the accuracy limit of {self.limits.accuracy:g}: {reached}"
         rival = self._rival(self._low_ms)
-        if rival is not None and _accuracy(rival) >= ceiling:
+        if rival is not None and accuracy_of(rival) >= ceiling:
             return (
-                f"cannot reach the front: {reached}; trial {rival.trial} has {_accuracy(rival):.4f} at "
+                f"cannot reach the front: {reached}; trial {rival.trial} has {accuracy_of(rival):.4f} at "
                 f"{rival.latency_ms:.2f} ms"
             )
         return None
@@ -242,7 +242,7 @@ class FrontGate:
             if (rival.latency_ms or math.inf) > self._latency_ms:
                 continue
             longer = self._is_alike(rival) and len(rival.epochs) > len(self._curve)
-            if best <= max(rival.epochs[: len(self._curve)]) if longer else likely <= _accuracy(rival):
+            if best <= max(rival.epochs[: len(self._curve)]) if longer else likely <= accuracy_of(rival):
                 return 0
         self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
         return self.rules.extra_epochs
@@ -256,7 +256,7 @@ class FrontGate:
 
     @property
     def _margin(self) -> float:
-        return self.rules.margin * _accuracy(self.baseline)
+        return self.rules.margin * accuracy_of(self.baseline)
 
     def _is_alike(self, result: TrialResult) -> bool:
         """From random weights or not: accuracies during and after the recovery tell nothing of the other."""
@@ -271,7 +271,7 @@ class FrontGate:
     def _rival(self, latency_ms: float) -> TrialResult | None:
         """The most accurate complete trial at most that slow."""
         within = [r for r in self._complete() if (r.latency_ms or math.inf) <= latency_ms]
-        return max(within, key=_accuracy, default=None)
+        return max(within, key=accuracy_of, default=None)
 
 
 def pareto_ranks(points: Sequence[tuple[float, float]]) -> list[int]:
@@ -292,8 +292,3 @@ def pareto_ranks(points: Sequence[tuple[float, float]]) -> list[int]:
 
 def _beats(one: tuple[float, float], other: tuple[float, float]) -> bool:
     return one[0] <= other[0] and one[1] >= other[1] and one != other
-
-
-def _accuracy(result: TrialResult) -> float:
-    assert result.accuracy is not None
-    return result.accuracy
