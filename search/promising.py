@@ -8,6 +8,7 @@ records only: no bench, no storage.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -18,8 +19,6 @@ from .sections import Limits
 
 #: Of the hypervolume; a smaller gain is within what two trainings of one network differ.
 LEAST_GAIN = 0.001
-
-Expected = tuple[float, float]
 
 
 def most_promising(
@@ -46,7 +45,8 @@ def most_promising(
     front = [(latency_of(r) / baseline.latency_ms, accuracy_of(r) / baseline.accuracy) for r in complete]
     tried = {r.way for r in results}
     least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
-    expected = {c.way: (c, _expected(c, complete, baseline)) for c in candidates if c.way not in tried}
+    expect = _expectation(complete, baseline)
+    expected = {c.way: (c, expect(c)) for c in candidates if c.way not in tried}
     front += [likely for way, (_, likely) in expected.items() if way in begun]
     before = covered(front)
     gains = [
@@ -58,13 +58,23 @@ def most_promising(
     return chosen if gain >= LEAST_GAIN else None
 
 
-def _expected(candidate: Candidate, complete: Sequence[TrialResult], baseline: TrialResult) -> Expected:
-    """Latency and accuracy, relative to the unpruned model's."""
-    kind, recovery = candidate.proxy.kind, candidate.recovery
-    alike = [r for r in complete if r.trial > 0 and r.asked.recovery == recovery]
-    accuracy = _accuracy_by_kept(alike, kind, accuracy_of(baseline))(candidate.proxy.kept)
-    latency_ms = candidate.predicted_ms * _factor(complete)(candidate.predicted_ms)
-    return latency_ms / latency_of(baseline), accuracy / accuracy_of(baseline)
+def _expectation(
+    complete: Sequence[TrialResult], baseline: TrialResult
+) -> Callable[[Candidate], tuple[float, float]]:
+    """A candidate's latency and accuracy, relative to the unpruned model's."""
+    factor = _factor(complete)
+
+    @cache
+    def accuracy(kind: str, recovery: str) -> Callable[[float], float]:
+        alike = [r for r in complete if r.trial > 0 and r.asked.recovery == recovery]
+        return _accuracy_by_kept(alike, kind, accuracy_of(baseline))
+
+    def expect(candidate: Candidate) -> tuple[float, float]:
+        latency_ms = candidate.predicted_ms * factor(candidate.predicted_ms)
+        reached = accuracy(candidate.proxy.kind, candidate.recovery)(candidate.proxy.kept)
+        return latency_ms / latency_of(baseline), reached / accuracy_of(baseline)
+
+    return expect
 
 
 def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float) -> Callable[[float], float]:

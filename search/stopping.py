@@ -241,8 +241,11 @@ class FrontGate:
         for rival in self._complete():
             if (rival.latency_ms or math.inf) > self._latency_ms:
                 continue
-            longer = self._is_alike(rival) and len(rival.epochs) > len(self._curve)
-            if best <= max(rival.epochs[: len(self._curve)]) if longer else likely <= accuracy_of(rival):
+            if self._is_alike(rival) and len(rival.epochs) > len(self._curve):
+                is_ahead = best > max(rival.epochs[: len(self._curve)])
+            else:
+                is_ahead = likely > accuracy_of(rival)
+            if not is_ahead:
                 return 0
         self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
         return self.rules.extra_epochs
