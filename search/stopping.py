@@ -7,7 +7,6 @@ with the error its model states, an expected accuracy with the scatter seen so f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,15 +15,18 @@ import numpy as np
 
 from profiles.latency_profile import LatencyProfile
 
+from .front import covered
 from .plan import PruningPlan
 from .prediction import predict_ms
 from .proxy import Proxy
-from .result import TrialResult, accuracy_of, way_of
+from .result import TrialResult, accuracy_of, latency_of, way_of
 from .sections import Limits, StoppingSection
 
 #: A latency measured as no lower than the unpruned model's ends a trial only where its interval leaves less
 #: than this to be gained: on a busy machine a short measurement misses by more.
 WORTHWHILE = 0.05
+#: Of the hypervolume, what extra epochs must be expected to add: in their time a new trial brings about that.
+WORTH_MORE = 0.002
 
 
 class TrialStopped(Exception):  # noqa: N818  (no error: it ends a trial early, as asked)
@@ -220,9 +222,9 @@ class FrontGate:
         """Epochs more for a trial that can grow the front by them; the first trials, before which there is
         no front to speak of, get none.
 
-        Its last epoch, or all that it was given last together, brought more than the margin, and no trial at
-        most that slow stands in its way: one that was given more epochs was behind it after as many, one
-        that was not is what it gets past if it goes on like this.
+        Its last epoch, or all that it was given last together, brought more than the margin; no trial at most
+        that slow that was given more epochs was ahead of it after as many; and going on like that it would
+        add `WORTH_MORE` to the hypervolume.
 
         What it says counts as given: the next answer looks at what these brought.
         """
@@ -237,18 +239,26 @@ class FrontGate:
         limit = self.limits.latency_ms
         if limit is not None and self._latency_ms > limit:
             return 0
+        given_more = [
+            r
+            for r in self._as_fast(self._latency_ms)
+            if self._is_alike(r) and len(r.epochs) > len(self._curve)
+        ]
+        if any(best <= max(r.epochs[: len(self._curve)]) for r in given_more):
+            return 0
         likely = best + (best - before) / (len(self._curve) - since) * self.rules.extra_epochs
-        for rival in self._complete():
-            if (rival.latency_ms or math.inf) > self._latency_ms:
-                continue
-            if self._is_alike(rival) and len(rival.epochs) > len(self._curve):
-                is_ahead = best > max(rival.epochs[: len(self._curve)])
-            else:
-                is_ahead = likely > accuracy_of(rival)
-            if not is_ahead:
-                return 0
+        # Those it is ahead of do not count for how they ended: it may come to that as well.
+        if self._gain(best, likely, [r for r in self._complete() if r not in given_more]) < WORTH_MORE:
+            return 0
         self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
         return self.rules.extra_epochs
+
+    def _gain(self, accuracy: float, likely: float, others: Sequence[TrialResult]) -> float:
+        """What the hypervolume grows by where this trial gets from one accuracy to another."""
+        base = accuracy_of(self.baseline) or 1.0  # a model that is never right covers nothing either way
+        points = [(latency_of(r) / self._base_ms, accuracy_of(r) / base) for r in others]
+        now, then = ((self._latency_ms / self._base_ms, value / base) for value in (accuracy, likely))
+        return covered([*points, then]) - covered([*points, now])
 
     # -- what is known
 
@@ -273,8 +283,11 @@ class FrontGate:
 
     def _rival(self, latency_ms: float) -> TrialResult | None:
         """The most accurate complete trial at most that slow."""
-        within = [r for r in self._complete() if (r.latency_ms or math.inf) <= latency_ms]
-        return max(within, key=accuracy_of, default=None)
+        return max(self._as_fast(latency_ms), key=accuracy_of, default=None)
+
+    def _as_fast(self, latency_ms: float) -> list[TrialResult]:
+        """The complete trials at most that slow."""
+        return [r for r in self._complete() if latency_of(r) <= latency_ms]
 
 
 def pareto_ranks(points: Sequence[tuple[float, float]]) -> list[int]:

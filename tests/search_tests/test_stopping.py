@@ -238,6 +238,22 @@ def test_extra_epochs_go_to_what_can_grow_the_front() -> None:
     assert granted(*CURVES, scratch, curve=(0.4, 0.45, 0.6)) == 2
 
 
+@pytest.mark.parametrize(
+    ("ms", "curve", "granted"),
+    [
+        # From 0.66 to 0.7 in two more epochs, 5% of the unpruned accuracy, up to the next one at 13 ms.
+        (12.4, (0.6, 0.64, 0.66), 0),  # 3% of the latency away
+        (12.1, (0.6, 0.64, 0.66), 2),  # 4.5%
+        (12.4, (0.6, 0.6, 0.7), 2),  # past the next one as well
+    ],
+)
+def test_extra_epochs_must_be_worth_their_time(ms: float, curve: Sequence[float], granted: int) -> None:
+    trial = started(*CURVES, result(9, 13.0, 0.75), ms=ms, extra_epochs=2, margin=0.01)
+    for done, accuracy in enumerate(curve):
+        trial.epoch(done, 2, accuracy)
+    assert trial.extra_epochs() == granted
+
+
 @pytest.mark.parametrize(("others", "granted"), [(3, 0), (4, 2)])
 def test_no_extra_epochs_before_there_is_a_front(others: int, granted: int) -> None:
     trial = started(*CURVES[:others], extra_epochs=2, after=4)
