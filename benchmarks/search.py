@@ -24,9 +24,9 @@ at least 1.1 times the best other one at the end; overhead below 3%.
 Takes five times three times `--minutes`: 10 hours with the default 40. To look at it:
 `uv run python benchmarks/search.py --study examples/bccd.yaml --minutes 10 --seeds 1 --only ours,random`.
 
-Parts can run apart, each with `--json` into a file: one way or one seed (`--first-seed`) at a time, or all
-ways side by side on cores of their own (`taskset`, and a `TMPDIR` each, or they wait for each other's
-measurements). `--read a.json,b.json` makes one table of them.
+Parts can run apart, each with `--json` into a file: one way or one seed (`--first-seed`) at a time.
+`--read a.json,b.json` makes one table of them. `benchmarks/search_side_by_side.py` does both, with several
+runs at a time on cores of their own.
 """
 
 from __future__ import annotations

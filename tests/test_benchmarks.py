@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,57 @@ def test_parts_of_the_search_benchmark_become_one_table(tmp_path: Path) -> None:
     command[3] += f",{tmp_path / 'short.json'}"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert "runs of one length, got [60, 100] s" in done.stderr
+
+
+STAND_IN = """
+import json, os, pathlib, sys
+told = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+if "--read" in told:
+    print(json.dumps(told["--read"].split(",")))
+    sys.exit(3 if "--check" in sys.argv else 0)
+way, seed = told["--only"], told["--first-seed"]
+here = pathlib.Path(__file__).parent
+with (here / "ran").open("a") as ran:
+    ran.write(f"{way}-{seed}\\n")
+if (here / f"{way}-{seed}.fails").exists():
+    sys.exit("no such device")
+print(json.dumps([told["--minutes"], sorted(os.sched_getaffinity(0)), os.environ["TMPDIR"]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="keeps runs on cores, which Linux alone can do this way")
+def test_runs_side_by_side_are_kept_and_only_missing_ones_are_run(tmp_path: Path) -> None:
+    script = shutil.copy(ROOT / "benchmarks" / "search_side_by_side.py", tmp_path)
+    (tmp_path / "search.py").write_text(STAND_IN)
+    (tmp_path / "grid-1.fails").touch()
+    parts = tmp_path / "parts"
+
+    def begin(*more: str, minutes: str = "5") -> subprocess.CompletedProcess[str]:
+        wanted = ["--parts", str(parts), "--only", "ours,grid", "--seeds", "2", "--lanes", "1", *more]
+        command = [sys.executable, script, *wanted, "--", "--minutes", minutes]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def ran() -> list[str]:
+        return (tmp_path / "ran").read_text().split()
+
+    failed = begin()
+    assert failed.returncode == 1
+    assert f"grid, seed 1: failed, see {parts / 'grid-1.log'}" in failed.stderr
+    assert "no such device" in (parts / "grid-1.log").read_text()
+    assert ran() == ["ours-0", "grid-0", "ours-1", "grid-1"]
+    assert not (parts / "grid-1.json").exists()
+
+    (tmp_path / "grid-1.fails").unlink()
+    done = begin("--check")
+    assert done.returncode == 3  # what the table says
+    assert ran()[4:] == ["grid-1"]
+    files = json.loads(done.stdout)
+    assert files == [str(parts / f"{name}.json") for name in ran()[:4]]
+    minutes, cores, folder = json.loads(Path(files[0]).read_text())
+    assert (minutes, folder) == ("5", str(parts / "lane-0"))
+    assert cores
+
+    other = begin(minutes="6")
+    assert other.returncode != 0
+    assert "were made with --minutes 5, got --minutes 6; give these another --parts" in other.stderr
+    assert "--lanes must be between 1 and" in begin("--lanes", "100000").stderr
