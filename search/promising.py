@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from .front import covered
+from .proxy import promised
 from .result import TrialResult, accuracy_of, latency_of
 from .screening import Candidate
 from .sections import Limits
@@ -86,9 +87,9 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
     kept less did better: others were trained for less.
     """
     seen = [
-        (proxy["kept"], accuracy_of(r))
+        (proxy.kept, accuracy_of(r))
         for r in trials
-        if (proxy := r.details.get("proxy")) and proxy["kind"] == kind and proxy["kept"] > 0
+        if (proxy := promised(r)) is not None and proxy.kind == kind and proxy.kept > 0
     ]
     line: list[tuple[float, float]] = []
     for kept, accuracy in sorted(seen):

@@ -2,7 +2,7 @@
 
 By the loss curves where the study has them, else by the channel scores. Orders plans of one model, roughly: a
 first-order score says nothing of what removed channels meant to each other, a curve nothing of other groups.
-Knows neither devices nor what a trial measured.
+Knows no devices.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .allocation import unit_scores
 from .groups import ChannelGroups
 from .plan import PruningPlan
+from .result import TrialResult
 
 if TYPE_CHECKING:
     from .sensitivity import LossCurves
@@ -58,6 +59,12 @@ def promise(plan: PruningPlan, bench: Bench) -> Proxy | None:
         return Proxy("curves", loss_kept(plan, bench.curves[criterion], by_group, bench.groups))
     kept = score_kept(plan, by_group, bench.groups)
     return None if kept is None else Proxy("scores", kept)
+
+
+def promised(result: TrialResult) -> Proxy | None:
+    """What a trial's plan promised; None where nothing was said."""
+    data = result.details.get("proxy")
+    return None if data is None else Proxy.from_json(data)
 
 
 def loss_kept(

@@ -18,7 +18,7 @@ from profiles.latency_profile import LatencyProfile
 from .front import covered
 from .plan import PruningPlan
 from .prediction import predict_ms
-from .proxy import Proxy
+from .proxy import Proxy, promised
 from .result import TrialResult, accuracy_of, latency_of, way_of
 from .sections import Limits, StoppingSection
 
@@ -144,9 +144,9 @@ class FrontGate:
         """The highest accuracy that what the plan keeps promises, by the trials so far."""
         if self._proxy is None:
             return None
-        earlier = [(r.details.get("proxy"), accuracy_of(r)) for r in self._alike()]
-        promised = [(Proxy.from_json(data), accuracy) for data, accuracy in earlier if data is not None]
-        seen = sorted((p.kept, accuracy) for p, accuracy in promised if p.kind == self._proxy.kind)
+        kind = self._proxy.kind
+        earlier = [(promised(r), accuracy_of(r)) for r in self._alike()]
+        seen = sorted((p.kept, accuracy) for p, accuracy in earlier if p is not None and p.kind == kind)
         if len(seen) <= self.rules.after:
             return None
         from scipy.optimize import isotonic_regression
