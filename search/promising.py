@@ -13,6 +13,7 @@ from functools import cache
 import numpy as np
 
 from .front import covered
+from .hull import hull_below
 from .proxy import promised
 from .result import TrialResult, accuracy_of, latency_of
 from .screening import Candidate
@@ -82,26 +83,26 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
     """What a plan that keeps so much can reach.
 
     Among trials that were trained alike accuracy falls with `1 / kept - 1`, by loss curves the rise of the
-    loss as a share of the unpruned one, along a nearly straight line. So between trials a straight line is
-    taken, and beyond the deepest the one from the unpruned model through it. A trial counts where none that
-    kept less did better: others were trained for less.
+    loss as a share of the unpruned one, along a nearly straight line. So straight lines are drawn from the
+    unpruned model to the deepest trial above all others: what lies below them was trained for less. Beyond
+    the deepest the one from the unpruned model through it goes on.
     """
     seen = [
-        (proxy.kept, accuracy_of(r))
+        (1 / proxy.kept - 1, accuracy_of(r))
         for r in trials
         if (proxy := promised(r)) is not None and proxy.kind == kind and proxy.kept > 0
     ]
-    line: list[tuple[float, float]] = []
-    for kept, accuracy in sorted(seen):
-        if not line or accuracy > line[-1][1]:
-            line.append((1 / kept - 1, accuracy))
-    if not line:  # what is kept of the accuracy, for want of anything better
+    if not seen:  # what is kept of the accuracy, for want of anything better
         return lambda kept: unpruned * kept
-    deepest, reached = line[0]
+    below = {0.0: -max(unpruned, *(accuracy for _, accuracy in seen))}
+    for rise, accuracy in seen:
+        below[rise] = min(below.get(rise, 0.0), -accuracy)
+    x, y = zip(*sorted(below.items()), strict=True)
+    line = [(x[i], -y[i]) for i in hull_below(x, y)]
+    deepest, reached = line[-1]
     if reached < unpruned:
-        line.insert(0, (deepest * unpruned / (unpruned - reached), 0.0))
-    line.append((0.0, max(unpruned, line[-1][1])))
-    rises, accuracies = zip(*reversed(line), strict=True)
+        line.append((deepest * unpruned / (unpruned - reached), 0.0))
+    rises, accuracies = zip(*line, strict=True)
     return lambda kept: float(np.interp(1 / kept - 1, rises, accuracies)) if kept > 0 else 0.0
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .allocation import Demand, cut
 from .budget import ShareRemoved, cost_removed
 from .costs import WidthCost
+from .hull import hull_below
 from .knapsack import cheapest
 
 FloatArray = NDArray[np.float64]
@@ -96,7 +97,7 @@ class LossCurves:
         for u, scores in enumerate(unit_scores):
             counts, near, far = self._neighbours(u, len(scores), shallow, deep)
             rises = (1 - (at - shallow)) * near + (at - shallow) * far
-            corners = _hull(counts, rises)
+            corners = hull_below(counts.tolist(), rises.tolist())
             curve = np.interp(np.arange(len(scores) + 1), counts[corners], rises[corners])
             result.append(np.maximum.accumulate(np.diff(curve) + _FIRST_ORDER * scores))
         return result
@@ -158,20 +159,6 @@ class LossCurves:
             for stage in data["stages"]
         )
         return cls(data["criterion"], tuple(data["units"]), stages)
-
-
-def _hull(counts: FloatArray, rises: FloatArray) -> list[int]:
-    """Indices of the corners of the largest convex function below a curve through these points."""
-    x, y = counts.tolist(), rises.tolist()  # numbers of Python's own are several times faster one by one
-    corners = [0]
-    for i in range(1, len(x)):
-        while len(corners) > 1:
-            a, b = corners[-2], corners[-1]
-            if (y[b] - y[a]) * (x[i] - x[a]) < (y[i] - y[a]) * (x[b] - x[a]):
-                break
-            corners.pop()
-        corners.append(i)
-    return corners
 
 
 def sensitivity(demand: Demand, curves: LossCurves, cost: WidthCost, beta: float) -> IntArray:
