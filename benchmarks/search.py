@@ -287,7 +287,7 @@ def read_runs(files: Sequence[Path]) -> tuple[Runs, float]:
     """The runs in files that `--json` gave, and how long each took.
 
     Raises:
-        SystemExit: they took different times, which do not compare.
+        SystemExit: they took different times, or there are not as many of each way, which do not compare.
     """
     documents = [json.loads(file.read_text()) for file in files]
     times = {document["seconds"] for document in documents}
@@ -299,7 +299,11 @@ def read_runs(files: Sequence[Path]) -> tuple[Runs, float]:
             curves.setdefault(way, []).extend(
                 [(at, TrialResult.from_json(result)) for at, result in run] for run in runs
             )
-    return {way: curves[way] for way in WAYS if way in curves}, times.pop()
+    found = {way: curves[way] for way in WAYS if way in curves}
+    if len({len(runs) for runs in found.values()}) > 1:
+        counts = ", ".join(f"{way} {len(runs)}" for way, runs in found.items())
+        raise SystemExit(f"--read needs as many runs of one way as of another, got {counts}")
+    return found, times.pop()
 
 
 def summary(curves: Runs, seconds: float) -> dict[str, Any]:

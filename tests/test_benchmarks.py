@@ -58,6 +58,10 @@ def test_parts_of_the_search_benchmark_become_one_table(tmp_path: Path) -> None:
     assert found["targets_met"]
     assert done.returncode == 0
 
+    command[3] += f",{tmp_path / 'ours.json'}"
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "as many runs of one way as of another, got ours 2, plain-tpe 1" in done.stderr
+
     (tmp_path / "short.json").write_text(json.dumps({"seconds": 60, "runs": {}}))
     command[3] += f",{tmp_path / 'short.json'}"
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
