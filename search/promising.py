@@ -94,6 +94,7 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
     ]
     if not seen:  # what is kept of the accuracy, for want of anything better
         return lambda kept: unpruned * kept
+    # Upside down, as the hull is one from below; of equal rises the best counts.
     below = {0.0: -max(unpruned, *(accuracy for _, accuracy in seen))}
     for rise, accuracy in seen:
         below[rise] = min(below.get(rise, 0.0), -accuracy)
