@@ -16,6 +16,10 @@ from typing import Any
 
 from .result import TrialResult, accuracy_of, latency_of
 
+#: Pruned trials that a search begins with: before they ended there is no front to speak of, so what they are
+#: is not chosen by what they would add to it, and they get no extra epochs for that.
+FIRST_TRIALS = 2
+
 
 class NoSuchPointError(LookupError):
     """No point of a front is what was asked for."""
@@ -84,10 +88,7 @@ class ParetoFront:
         unpruned latency, no accuracy at all. Points slower than the unpruned model cover nothing. Comparable
         between devices and studies of one model.
         """
-        base_ms, base_accuracy = latency_of(self.baseline), accuracy_of(self.baseline)
-        if base_accuracy <= 0:
-            return 0.0
-        return covered([(latency_of(p) / base_ms, accuracy_of(p) / base_accuracy) for p in self.points])
+        return covered(relative(latency_of(p), accuracy_of(p), self.baseline) for p in self.points)
 
     @property
     def knee(self) -> TrialResult:
@@ -184,6 +185,12 @@ class ParetoFront:
                 for p in self.points
             ],
         }
+
+
+def relative(latency_ms: float, accuracy: float, baseline: TrialResult) -> tuple[float, float]:
+    """Latency and accuracy as shares of the unpruned model's; where that is never right all have none."""
+    base = accuracy_of(baseline)
+    return latency_ms / latency_of(baseline), accuracy / base if base > 0 else 0.0
 
 
 def covered(points: Iterable[tuple[float, float]]) -> float:

@@ -12,7 +12,7 @@ from functools import cache
 
 import numpy as np
 
-from .front import covered
+from .front import covered, relative
 from .hull import hull_below
 from .proxy import promised
 from .result import TrialResult, accuracy_of, latency_of
@@ -44,7 +44,7 @@ def most_promising(
     baseline = next((r for r in complete if r.trial == 0), None)
     if baseline is None or not baseline.accuracy or not baseline.latency_ms:
         return None
-    front = [(latency_of(r) / baseline.latency_ms, accuracy_of(r) / baseline.accuracy) for r in complete]
+    front = [relative(latency_of(r), accuracy_of(r), baseline) for r in complete]
     tried = {r.way for r in results}
     least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
     expect = _expectation(complete, baseline)
@@ -74,7 +74,7 @@ def _expectation(
     def expect(candidate: Candidate) -> tuple[float, float]:
         latency_ms = candidate.predicted_ms * factor(candidate.predicted_ms)
         reached = accuracy(candidate.proxy.kind, candidate.recovery)(candidate.proxy.kept)
-        return latency_ms / latency_of(baseline), reached / accuracy_of(baseline)
+        return relative(latency_ms, reached, baseline)
 
     return expect
 

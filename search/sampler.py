@@ -97,22 +97,20 @@ class NumberedSampler(BaseSampler):
     Args:
         make: given a trial's number, the sampler for it.
         first: points of the study's first trials, any of the searched keys, what a point leaves out is drawn;
-            none where all are drawn.
-        choose: given a trial, a point for it, or None. Asked for the `chosen` trials that follow the
-            first ones, when each begins; it may take a while.
+            None where `choose` is asked for it.
+        choose: given a trial, a point for it when it begins, or None where it is to be drawn; it may take a
+            while.
     """
 
     def __init__(
         self,
         make: Callable[[int], BaseSampler],
-        first: Sequence[Mapping[str, Any]],
+        first: Sequence[Mapping[str, Any] | None],
         choose: Callable[[FrozenTrial], Mapping[str, Any] | None],
-        chosen: int,
     ):
         self._make = make
         self._first = first
         self._choose = choose
-        self._chosen = chosen
         self._inner: BaseSampler | None = None
         self._point: Mapping[str, Any] | None = None
 
@@ -120,11 +118,9 @@ class NumberedSampler(BaseSampler):
         queued = {t.number for t in study.get_trials(deepcopy=False) if "fixed_params" in t.system_attrs}
         position = trial.number - sum(number < trial.number for number in queued)
         self._point = None
-        if self._first and trial.number not in queued and 0 not in queued:
-            if position < len(self._first):
-                self._point = self._first[position]
-            elif position < len(self._first) + self._chosen:
-                self._point = self._choose(trial)
+        if position < len(self._first) and trial.number not in queued and 0 not in queued:
+            point = self._first[position]
+            self._point = self._choose(trial) if point is None else point
         self._inner = self._make(trial.number)
         if self._point is None:  # or the grid would give up a cell for it
             self._inner.before_trial(study, trial)

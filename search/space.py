@@ -72,20 +72,32 @@ def suggest(trial: optuna.Trial, search: SearchSection, auto_round_to: int) -> T
 
 
 def scattered_points(search: SearchSection, count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` points drawn from the searched space, all alike likely; none where nothing is searched."""
+    """`count` points drawn from the searched space, all alike likely; none where nothing is searched.
+
+    Every tenth has the largest ratio, which a draw would never come upon: nothing else is as fast.
+    """
     space = searched_space(search)
     if not space:
         return []
     points = []
-    for row in np.random.default_rng(seed).random((count, len(space))):
+    for index, row in enumerate(np.random.default_rng(seed).random((count, len(space)))):
         point: dict[str, Any] = {}
         for share, (key, distribution) in zip(row, space.items(), strict=True):
             if isinstance(distribution, FloatDistribution):
                 point[key] = distribution.low + float(share) * (distribution.high - distribution.low)
             elif isinstance(distribution, CategoricalDistribution):
                 point[key] = distribution.choices[int(share * len(distribution.choices))]
+        if index % 10 == 0 and "ratio" in point:
+            point["ratio"] = _largest(space["ratio"])
         points.append(point)
     return points
+
+
+def _largest(distribution: BaseDistribution) -> float:
+    if isinstance(distribution, CategoricalDistribution):
+        return max(float(choice or 0) for choice in distribution.choices)
+    assert isinstance(distribution, FloatDistribution)
+    return distribution.high
 
 
 def unpruned_point(search: SearchSection) -> dict[str, Any]:

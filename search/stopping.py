@@ -15,7 +15,7 @@ import numpy as np
 
 from profiles.latency_profile import LatencyProfile
 
-from .front import covered
+from .front import FIRST_TRIALS, covered, relative
 from .plan import PruningPlan
 from .prediction import predict_ms
 from .proxy import Proxy, promised
@@ -219,8 +219,7 @@ class FrontGate:
         )
 
     def extra_epochs(self) -> int:
-        """Epochs more for a trial that can grow the front by them; the first trials, before which there is
-        no front to speak of, get none.
+        """Epochs more for a trial that can grow the front by them; the `FIRST_TRIALS` get none.
 
         Its last epoch, or all that it was given last together, brought more than the margin; no trial at most
         that slow that was given more epochs was ahead of it after as many; and going on like that it would
@@ -230,7 +229,7 @@ class FrontGate:
         """
         if self._extensions == self.rules.extensions or len(self._curve) < 2:
             return 0
-        if sum(r.trial > 0 for r in self._alike()) < self.rules.after:
+        if sum(r.trial > 0 for r in self._alike()) < FIRST_TRIALS:
             return 0
         since = self._extended_at or len(self._curve) - 1
         best, before = max(self._curve), max(self._curve[:since])
@@ -255,9 +254,8 @@ class FrontGate:
 
     def _gain(self, accuracy: float, likely: float, others: Sequence[TrialResult]) -> float:
         """What the hypervolume grows by where this trial gets from one accuracy to another."""
-        base = accuracy_of(self.baseline) or 1.0  # a model that is never right covers nothing either way
-        points = [(latency_of(r) / self._base_ms, accuracy_of(r) / base) for r in others]
-        now, then = ((self._latency_ms / self._base_ms, value / base) for value in (accuracy, likely))
+        points = [relative(latency_of(r), accuracy_of(r), self.baseline) for r in others]
+        now, then = (relative(self._latency_ms, value, self.baseline) for value in (accuracy, likely))
         return covered([*points, then]) - covered([*points, now])
 
     # -- what is known

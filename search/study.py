@@ -18,7 +18,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from .conditions import changed, conditions_of_trials
-from .front import ParetoFront
+from .front import FIRST_TRIALS, ParetoFront
 from .heartbeat import Pulse, Watch, identity, is_gone
 from .params import params_at
 from .promising import most_promising
@@ -167,16 +167,19 @@ class DeviceStudy:
         """Seat the sampler.
 
         Args:
-            candidates: screens, for the trials after the unpruned model and the known points; None where the
-                sampler decides of all.
+            candidates: screens, for the trials that take the most promising one; None where the sampler
+                decides of all.
         """
-        search = self.file.search
-        self._candidates, first, chosen = None, [], 0
+        search, screening = self.file.search, self.file.screening
+        first: list[Mapping[str, Any] | None] = []
+        self._candidates = None
         if candidates is not None:
             first = [unpruned_point(search)]
             if search.sampler != "grid":
-                first += known_points(search)
-                chosen = self.file.screening.keep
+                known = known_points(search)
+                chosen = screening.keep if screening.candidates else 0
+                at_once = FIRST_TRIALS if chosen else len(known)
+                first += [*known[:at_once], *[None] * chosen, *known[at_once:]]
             url = self.workspace.storage_url(self.file.storage)
             # Screening takes seconds, in which others may well begin and end trials.
             turn = turns(url, f"{self.optuna.study_name}.candidates", self.workspace.folder)
@@ -189,7 +192,7 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, first, self._promising, chosen)
+        self.optuna.sampler = NumberedSampler(make, first, self._promising)
 
     def _promising(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
         """The point of the screened candidate that a trial tries; None where there is none worth it."""

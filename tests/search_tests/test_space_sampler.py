@@ -11,8 +11,8 @@ from optuna.trial import TrialState
 from search.params import fixed_params
 from search.result import TrialParams
 from search.sampler import SAMPLERS, SpacedSampler, grid, make_sampler
-from search.sections import SearchSection
-from search.space import known_points, searched_space, stored_space, suggest, unpruned_point
+from search.sections import Choices, Range, SearchSection
+from search.space import known_points, scattered_points, searched_space, stored_space, suggest, unpruned_point
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -85,6 +85,24 @@ def test_the_queued_points_lie_in_the_space(name: str) -> None:
     for point in points:
         for key, value in point.items():
             assert searched[key]._contains(searched[key].to_internal_repr(value)), (key, value)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_scattered_points_lie_in_the_space_and_reach_its_end(name: str) -> None:
+    search = section(**SPACES[name])
+    searched = searched_space(search)
+    points = scattered_points(search, 200, 0)
+    assert len(points) == 200
+    for point in points:
+        assert set(point) == set(searched)
+        for key, value in point.items():
+            assert searched[key]._contains(searched[key].to_internal_repr(value)), (key, value)
+    if isinstance(search.ratio, Range):
+        deepest = [index for index, point in enumerate(points) if point["ratio"] == search.ratio.high]
+        assert deepest == list(range(0, 200, 10))
+        assert len({point["beta"] for point in points[::10]}) > 2  # at more than one beta
+    if isinstance(search.ratio, Choices):
+        assert {point["ratio"] for point in points[::10]} == {0.6}
 
 
 def test_plain_taylor_and_the_papers_setting_are_tried_first() -> None:

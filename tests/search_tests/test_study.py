@@ -270,11 +270,18 @@ def test_a_second_search_goes_on_to_the_wanted_number(study: StudyFile) -> None:
     assert watcher.earlier == {"first": [0, 1, 2]}
 
 
-def test_known_points_come_first_and_are_queued_once(study: StudyFile) -> None:
+@pytest.mark.parametrize(
+    ("screening", "first"),
+    [({"keep": 0}, (1, 2, 3, 4)), ({"candidates": 0}, (1, 2, 3, 4)), ({"keep": 1}, (1, 2, 4, 5))],
+)
+def test_known_points_come_first_and_are_queued_once(
+    tmp_path: Path, screening: dict[str, int], first: tuple[int, ...]
+) -> None:
+    study = make_study(tmp_path, screening=screening)
     go(study, trials=2)
     go(study, trials=6)
     asked = [r.asked for r in results(study)]
-    assert [(p.beta, p.ratio) for p in asked[1:5]] == [
+    assert [(asked[number].beta, asked[number].ratio) for number in first] == [
         (0.0, pytest.approx(0.55)), (0.0, pytest.approx(0.4)), (0.5, 0.3), (0.0, pytest.approx(0.25)),
     ]  # fmt: skip
     assert len({(p.beta, p.ratio) for p in asked}) == 7
@@ -365,8 +372,9 @@ def test_a_device_that_fails_does_not_keep_the_others_from_their_trials(
 
 
 def test_a_lost_device_fails_the_trial_and_has_it_tried_again_later(
-    study: StudyFile, trial: Callable[[RunTrial], None], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, trial: Callable[[RunTrial], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    study = make_study(tmp_path, screening={"keep": 0})
     lost: list[TrialParams] = []
 
     def run(
@@ -827,7 +835,7 @@ def test_a_trial_taken_but_not_begun_is_begun_next(study: StudyFile, monkeypatch
 
 
 def test_candidates_are_screened_once_for_all_workers_who_choose_different_ones(tmp_path: Path) -> None:
-    screening = {"keep": 4}
+    screening = {"keep": 5}
     study = make_study(tmp_path, trials=9, screening=screening)
     storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
     made: list[int] = []
@@ -856,20 +864,23 @@ def test_candidates_are_screened_once_for_all_workers_who_choose_different_ones(
     numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
     done = TrialResult(0, "first", "print", first.params, "complete", **numbers)  # type: ignore[arg-type]
     assert one.tell(first, done)
-    known = [elsewhere(two, f"known{n}").ratio for n in range(4)]
-    assert (known, made) == (pytest.approx([0.55, 0.4, 0.3, 0.25]), [])  # nobody waits for the screening
-    fifth, sixth = elsewhere(one, "fifth"), elsewhere(two, "sixth")
-    assert (fifth.beta, fifth.ratio) == (0.25, 0.5)
-    assert (sixth.beta, sixth.ratio) == (0.5, 0.625)  # what the fifth will bring is taken for granted
-    seventh = elsewhere(two, "seventh")
-    assert (seventh.beta, seventh.ratio) not in ((0.25, 0.5), (0.5, 0.625))  # the sampler's
+    known = [elsewhere(two, f"known{n}").ratio for n in range(2)]
+    assert (known, made) == (pytest.approx([0.55, 0.4]), [])  # nobody waits for the screening
+    third, fourth = elsewhere(one, "third"), elsewhere(two, "fourth")
+    assert (third.beta, third.ratio) == (0.25, 0.5)
+    assert (fourth.beta, fourth.ratio) == (0.5, 0.625)  # what the third will bring is taken for granted
+    fifth, sixth = elsewhere(two, "fifth"), elsewhere(two, "sixth")
+    assert (fifth.beta, fifth.ratio) not in ((0.25, 0.5), (0.5, 0.625))  # the sampler's
     assert made == [1]
     limits = {"latency_ms": 0.4}
     changed = make_study(tmp_path, trials=9, screening=screening, limits=limits)
     limited = DeviceStudy(changed, "first", storage, workspace)
     limited.seat(make)
-    elsewhere(limited, "eighth")
+    seventh = elsewhere(limited, "seventh")
     assert made == [1, 1]  # another limit may want other candidates
+    assert {fifth.ratio, sixth.ratio, seventh.ratio}.isdisjoint((0.3, 0.25))  # five were to be chosen first
+    known = [elsewhere(two, f"further{n}").ratio for n in range(2)]
+    assert known == pytest.approx([0.3, 0.25])
 
 
 def test_a_candidate_that_failed_is_not_tried_again_and_one_cut_off_is(tmp_path: Path) -> None:
@@ -891,7 +902,7 @@ def test_a_candidate_that_failed_is_not_tried_again_and_one_cut_off_is(tmp_path:
 
     numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
     assert worker.tell(begun(), TrialResult(0, "first", "print", TrialParams(), "complete", **numbers))  # type: ignore[arg-type]
-    for number in range(1, 5):
+    for number in range(1, 3):
         assert worker.tell(begun(), TrialResult.failed(number, "first", "print", TrialParams(), "known"))
     one = begun()
     assert dict(one.trial.params) == points[0]
