@@ -84,22 +84,25 @@ def _accuracy_by_kept(trials: Sequence[TrialResult], kind: str, unpruned: float)
 
     Among trials that were trained alike accuracy falls with `1 / kept - 1`, by loss curves the rise of the
     loss as a share of the unpruned one, along a nearly straight line. So straight lines are drawn from the
-    unpruned model to the deepest trial above all others: what lies below them was trained for less. Beyond
-    the deepest the one from the unpruned model through it goes on.
+    unpruned model through the trials to the deepest one. What lies below those of all others and had no
+    extra epochs is left out: it could have more. Beyond the deepest the line from the unpruned model through
+    it goes on.
     """
     seen = [
-        (1 / proxy.kept - 1, accuracy_of(r))
+        (1 / proxy.kept - 1, accuracy_of(r), len(r.epochs))
         for r in trials
         if (proxy := promised(r)) is not None and proxy.kind == kind and proxy.kept > 0
     ]
     if not seen:  # what is kept of the accuracy, for want of anything better
         return lambda kept: unpruned * kept
-    # Upside down, as the hull is one from below; of equal rises the best counts.
-    below = {0.0: -max(unpruned, *(accuracy for _, accuracy in seen))}
-    for rise, accuracy in seen:
-        below[rise] = min(below.get(rise, 0.0), -accuracy)
-    x, y = zip(*sorted(below.items()), strict=True)
-    line = [(x[i], -y[i]) for i in hull_below(x, y)]
+    best = {0.0: max(unpruned, *(accuracy for _, accuracy, _ in seen))}
+    for rise, accuracy, _ in seen:
+        best[rise] = max(best.get(rise, 0.0), accuracy)
+    x, y = zip(*sorted(best.items()), strict=True)
+    above = {x[i] for i in hull_below(x, [-accuracy for accuracy in y])}  # upside down: a hull from above
+    lengths = [epochs for *_, epochs in seen]
+    final = {rise for rise, _, epochs in seen if epochs > min(lengths) or epochs == max(lengths)}
+    line = [(rise, accuracy) for rise, accuracy in zip(x, y, strict=True) if rise in above | final]
     deepest, reached = line[-1]
     if reached < unpruned:
         line.append((deepest * unpruned / (unpruned - reached), 0.0))

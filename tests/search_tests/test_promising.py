@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -78,9 +79,17 @@ def test_before_any_pruned_trial_what_is_kept_counts_as_accuracy() -> None:
 
 def test_what_is_kept_is_worth_what_the_best_trial_made_of_it() -> None:
     between = [candidate(5.0, 0.4)]
-    # A trial that was trained for less, or badly, pulls no expectation down.
-    assert chosen(between, [*FAR_APART, result(3, 4.5, 0.2, 0.35)]) == "at5"
-    assert chosen(between, [*FAR_APART, result(3, 4.5, 0.41, 0.35)]) == "at5"
+    short, long = (0.1, 0.2), (0.1, 0.2, 0.2, 0.2)
+    first, second = (replace(r, epochs=long) for r in FAR_APART[1:])
+    low = result(3, 4.5, 0.2, 0.35)
+    # A trial that was trained for less pulls no expectation down, one with extra epochs does,
+    assert chosen(between, [UNPRUNED, first, second, replace(low, epochs=short)]) == "at5"
+    assert chosen(between, [UNPRUNED, first, second, replace(low, epochs=short, accuracy=0.41)]) == "at5"
+    assert chosen(between, [UNPRUNED, first, second, replace(low, epochs=long)]) is None
+    first_short = replace(first, epochs=short)
+    assert chosen(between, [UNPRUNED, first_short, second, replace(low, epochs=long[:3])]) is None
+    # and where all were trained alike every one does.
+    assert chosen(between, [*FAR_APART, low]) is None
     # One that made nearly all of less leaves nothing to be gained at 5 ms.
     assert chosen(between, [*FAR_APART, result(3, 4.9, 0.6, 0.35)]) == "at5"
     assert chosen(between, [*FAR_APART, result(3, 4.9, 0.758, 0.39)]) is None
