@@ -46,7 +46,7 @@ def most_promising(
         return None
     front = [relative(latency_of(r), accuracy_of(r), baseline) for r in complete]
     tried = {r.way for r in results}
-    least = (limits.accuracy if limits and limits.accuracy else 0.0) / baseline.accuracy
+    _, least = relative(0.0, (limits.accuracy if limits else None) or 0.0, baseline)
     expect = _expectation(complete, baseline)
     expected = {c.way: (c, expect(c)) for c in candidates if c.way not in tried}
     front += [likely for way, (_, likely) in expected.items() if way in begun]

@@ -24,9 +24,9 @@ from .sections import Limits, StoppingSection
 
 #: A latency measured as no lower than the unpruned model's ends a trial only where its interval leaves less
 #: than this to be gained: on a busy machine a short measurement misses by more.
-WORTHWHILE = 0.05
+LEAST_SAVING = 0.05
 #: Of the hypervolume, what extra epochs must be expected to add: in their time a new trial brings about that.
-WORTH_MORE = 0.002
+LEAST_EXTRA_GAIN = 0.002
 
 
 class TrialStopped(Exception):  # noqa: N818  (no error: it ends a trial early, as asked)
@@ -119,7 +119,7 @@ class FrontGate:
         if self.limits.size_mb is not None and size_mb > self.limits.size_mb:
             return f"the exported model has {size_mb:.2f} MB, the limit is {self.limits.size_mb:g}"
         shown = f"measured {self._latency_ms:.2f} ms, {1 / ratio:.3f} times as fast as unpruned"
-        if ratio >= 1.0 and ratio_ci[0] > 1.0 - WORTHWHILE:
+        if ratio >= 1.0 and ratio_ci[0] > 1.0 - LEAST_SAVING:
             return f"no faster than the unpruned model: {shown}"
         return self._too_slow(ratio, ratio_ci[0], shown)
 
@@ -223,7 +223,7 @@ class FrontGate:
 
         Its last epoch, or all that it was given last together, brought more than the margin; no trial at most
         that slow that was given more epochs was ahead of it after as many; and going on like that it would
-        add `WORTH_MORE` to the hypervolume.
+        add `LEAST_EXTRA_GAIN` to the hypervolume.
 
         What it says counts as given: the next answer looks at what these brought.
         """
@@ -247,7 +247,7 @@ class FrontGate:
             return 0
         likely = best + (best - before) / (len(self._curve) - since) * self.rules.extra_epochs
         # Those it is ahead of do not count for how they ended: it may come to that as well.
-        if self._gain(best, likely, [r for r in self._complete() if r not in given_more]) < WORTH_MORE:
+        if self._gain(best, likely, [r for r in self._complete() if r not in given_more]) < LEAST_EXTRA_GAIN:
             return 0
         self._extensions, self._extended_at = self._extensions + 1, len(self._curve)
         return self.rules.extra_epochs
