@@ -36,6 +36,7 @@ import contextlib
 import json
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -245,8 +246,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--read", help="files that --json gave, separated by commas; nothing is run")
     options = parser.parse_args(arguments)
     if options.read:
-        curves, seconds = read_runs([Path(name) for name in options.read.split(",")])
-        return report(curves, seconds, options)
+        curves, seconds, commits = read_runs([Path(name) for name in options.read.split(",")])
+        return report(curves, seconds, commits, options)
     ways, seconds = options.only.split(","), options.minutes * 60
     if unknown := [way for way in ways if way not in WAYS]:
         parser.error(f"--only must be some of {', '.join(WAYS)}, got {unknown[0]}")
@@ -270,12 +271,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
             else:
                 run = searched(study, device, seconds, sum(cost_of(part, taken) for part in taken[way]))
             curves[way].append(run)
-    return report(curves, seconds, options)
+    return report(curves, seconds, [checked_out()], options)
 
 
-def report(curves: Runs, seconds: float, options: argparse.Namespace) -> int:
+def checked_out() -> str:
+    """The commit that this script is of, as git names it."""
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+        if named := subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip():
+            return named
+    return "unknown"
+
+
+def report(curves: Runs, seconds: float, commits: Sequence[str], options: argparse.Namespace) -> int:
     """Print what was found; 1 with `--check` where a target is missed."""
-    document = summary(curves, seconds)
+    document = {**summary(curves, seconds), "commits": list(commits)}
     if options.json:
         print(json.dumps(document, indent=1))
     else:
@@ -283,8 +293,8 @@ def report(curves: Runs, seconds: float, options: argparse.Namespace) -> int:
     return 1 if options.check and not document["targets_met"] else 0
 
 
-def read_runs(files: Sequence[Path]) -> tuple[Runs, float]:
-    """The runs in files that `--json` gave, and how long each took.
+def read_runs(files: Sequence[Path]) -> tuple[Runs, float, list[str]]:
+    """The runs in files that `--json` gave, how long each took, and the commits they were made with.
 
     Raises:
         SystemExit: they took different times, or there are not as many of each way, which do not compare.
@@ -303,7 +313,8 @@ def read_runs(files: Sequence[Path]) -> tuple[Runs, float]:
     if len({len(runs) for runs in found.values()}) > 1:
         counts = ", ".join(f"{way} {len(runs)}" for way, runs in found.items())
         raise SystemExit(f"--read needs as many runs of one way as of another, got {counts}")
-    return found, times.pop()
+    commits = {commit for document in documents for commit in document.get("commits", ["unknown"])}
+    return found, times.pop(), sorted(commits)
 
 
 def summary(curves: Runs, seconds: float) -> dict[str, Any]:
@@ -372,6 +383,7 @@ def show(document: dict[str, Any]) -> None:
     for way, times in document.get("reached_s", {}).items():
         shown = ", ".join("never" if t is None else f"{t / document['seconds']:.2f}" for t in times)
         print(f"Share of the time until ours reached the end of {way}: {shown} (target 0.33)")
+    print(f"Made with {', '.join(document['commits'])}")
 
 
 if __name__ == "__main__":

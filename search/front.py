@@ -18,7 +18,7 @@ from .result import TrialResult, accuracy_of, latency_of
 
 #: Pruned trials that a search begins with: before they ended there is no front to speak of, so what they are
 #: is not chosen by what they would add to it, and they get no extra epochs for that.
-FIRST_TRIALS = 2
+FIRST_TRIALS = 1
 
 
 class NoSuchPointError(LookupError):

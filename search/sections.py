@@ -186,7 +186,7 @@ class StoppingSection(Section):
         halving: after epochs 1, 2, 4, ... the best `1 / halving` of the trials so far go on, by
             non-dominated sorting of accuracy and latency; the first rank always does. 1: all go on.
         extra_epochs: for a trial that its last epoch made better by more than `margin` and that can grow the
-            front by them, see `FrontGate.extra_epochs`; the first two get none.
+            front by them, see `FrontGate.extra_epochs`; the first gets none.
         extensions: how often a trial is given these, after each time by what all of them together brought.
     """
 
@@ -199,7 +199,7 @@ class StoppingSection(Section):
 
 
 class ScreeningSection(Section):
-    """Which candidates are tried between the first known points and the others, before the sampler draws.
+    """Which candidates are tried between the first known point and the others, before the sampler draws.
 
     Attributes:
         candidates: points that are planned and judged by what their plans promise, see `search.screening`.

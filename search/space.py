@@ -117,10 +117,11 @@ def unpruned(params: TrialParams) -> TrialParams:
 def known_points(search: SearchSection) -> list[dict[str, Any]]:
     """Points worth trying before any sampler has something to go on, within the searched ranges.
 
-    Plain Taylor (beta 0) at three quarters, half and a quarter of the ratio range, and the paper's beta 0.5
-    at 30%; all with as many blocks as can be kept. The deepest comes first: it covers most of the front by
-    itself. Other searched keys are left to the sampler. Where all plans are by `sensitivity`, beta 1 takes
-    the place of 0: the least measured loss for a budget of latency, where 0 does not look at it.
+    Plain Taylor (beta 0) at half, three quarters and a quarter of the ratio range, and the paper's beta 0.5
+    at 30%; all with as many blocks as can be kept. Half of the range comes first: what it reaches says what
+    deeper plans and shallower ones may. Other searched keys are left to the sampler. Where all plans are by
+    `sensitivity`, beta 1 takes the place of 0: the least measured loss for a budget of latency, where 0 does
+    not look at it.
     """
     space = searched_space(search)
 
@@ -136,7 +137,7 @@ def known_points(search: SearchSection) -> list[dict[str, Any]]:
     low, high = (ratio.low, ratio.high) if isinstance(ratio, FloatDistribution) else (0.1, 0.7)
     plain = 1.0 if search.allocation == "sensitivity" else 0.0
     points: list[dict[str, Any]] = []
-    for share in (0.75, 0.5, 0.25):
+    for share in (0.5, 0.75, 0.25):
         points.append({**nearest("beta", plain), **nearest("ratio", low + share * (high - low))})
     points.insert(2, {**nearest("beta", 0.5), **nearest("ratio", 0.3)})
     points = [{**point, **nearest("depth", 0.0)} for point in points]

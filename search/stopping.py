@@ -219,7 +219,7 @@ class FrontGate:
         )
 
     def extra_epochs(self) -> int:
-        """Epochs more for a trial that can grow the front by them; the `FIRST_TRIALS` get none.
+        """Epochs more for a trial that can grow the front by them; the first gets none.
 
         Its last epoch, or all that it was given last together, brought more than the margin; no trial at most
         that slow that was given more epochs was ahead of it after as many; and going on like that it would

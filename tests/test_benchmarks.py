@@ -44,7 +44,8 @@ def test_parts_of_the_search_benchmark_become_one_table(tmp_path: Path) -> None:
         "plain-tpe": [[5, zero], [100, trial(1, 0.4, 5)]],
     }
     for way, run in runs.items():
-        (tmp_path / f"{way}.json").write_text(json.dumps({"seconds": 100, "runs": {way: [run]}}))
+        document = {"seconds": 100, "runs": {way: [run]}, "commits": [f"with-{way}"]}
+        (tmp_path / f"{way}.json").write_text(json.dumps(document))
     files = ",".join(str(tmp_path / f"{way}.json") for way in runs)
     command = [sys.executable, "benchmarks/search.py", "--read", files, "--json", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -55,6 +56,7 @@ def test_parts_of_the_search_benchmark_become_one_table(tmp_path: Path) -> None:
     assert found["reached_s"] == {"plain-tpe": [20]}
     assert found["overhead"] == pytest.approx(0.02)
     assert found["runs"].keys() == runs.keys()
+    assert found["commits"] == ["with-ours", "with-plain-tpe"]
     assert found["targets_met"]
     assert done.returncode == 0
 

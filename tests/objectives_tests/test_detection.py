@@ -18,6 +18,7 @@ import yaml
 from torch import nn
 
 from objectives.detection import DetectionTask, PrunedTrainer
+from objectives.detection.training import orthogonalised
 from objectives.digest import stamp
 from objectives.synthetic import make_detection_set
 from objectives.task import Recovery
@@ -281,6 +282,45 @@ def test_a_loss_that_is_no_number_is_said(task: DetectionTask, pruned: nn.Module
     recovery = Recovery(epochs=1, batch=4, device="cpu", reestimate_images=0)
     with pytest.raises(FloatingPointError, match="training loss became nan in epoch 1"):
         task.recover(pruned, recovery, tmp_path, lambda *_: True)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 40), (40, 8), (16, 16)])
+def test_updates_are_orthogonalised_about_as_ultralytics_does(shape: tuple[int, ...]) -> None:
+    from ultralytics.optim.muon import zeropower_via_newtonschulz5
+
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = orthogonalised(matrices)
+    torch.testing.assert_close(found, zeropower_via_newtonschulz5(matrices).float(), rtol=0.0, atol=0.03)
+    values = torch.linalg.svdvals(found)
+    assert values.max() < 1.25
+    assert values.median() > 0.6
+
+
+@pytest.mark.parametrize(("optimizer", "is_used"), [("MuSGD", True), ("SGD", False)])
+def test_musgd_needs_no_bfloat16_on_a_cpu(
+    task: DetectionTask,
+    pruned: nn.Module,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    optimizer: str,
+    is_used: bool,
+) -> None:
+    from ultralytics.optim import muon
+
+    def in_bfloat16(matrices: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("asked for bfloat16")
+
+    seen: list[tuple[int, ...]] = []
+    monkeypatch.setattr(muon, "zeropower_via_newtonschulz5", in_bfloat16)
+    monkeypatch.setattr(
+        "objectives.detection.training.orthogonalised",
+        lambda matrices: seen.append(matrices.shape) or orthogonalised(matrices),
+    )
+    options = {"optimizer": optimizer, "momentum": 0.9}
+    recovery = Recovery(epochs=1, batch=4, lr=0.01, device="cpu", reestimate_images=0, options=options)
+    task.recover(pruned, recovery, tmp_path, lambda *_: True)
+    assert bool(seen) == is_used
+    assert muon.zeropower_via_newtonschulz5 is in_bfloat16
 
 
 # ---- accuracy ------------------------------------------------------------------------------------
