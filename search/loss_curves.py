@@ -93,7 +93,7 @@ def measure_curves(
         lost = plan_of(context)
         # One network at a time under the lock: another worker's measurement need not wait for all.
         with host_lock("scores"):
-            network = by_the_batch(prune(task.load_model(), lost, task.settle))
+            network = _laid_out(by_the_batch(prune(task.load_model(), lost, task.settle)))
             with _counted(network) as seen:
                 around = SharedForward(network, lambda model, batch: float(task.loss(model, batch)), batches)
         losses = []
@@ -122,6 +122,13 @@ def _levels(context: IntArray, channels: IntArray, min_channels: int) -> tuple[t
         wanted = [min(round(float(gone + level * (total - gone))), int(most)) for level in LEVELS]
         result.append(tuple(sorted({count for count in wanted if count > gone})))
     return tuple(result)
+
+
+def _laid_out(model: nn.Module) -> nn.Module:
+    """On a CPU, with a pixel's channels beside each other in memory, for which convolutions take less time."""
+    import torch
+
+    return model.to(memory_format=torch.channels_last) if next(model.parameters()).is_cpu else model
 
 
 def by_the_batch(model: nn.Module) -> nn.Module:

@@ -201,7 +201,8 @@ def test_later_losses_are_those_of_the_networks_by_themselves(measured: Any) -> 
             changed[u] = count
             plan = PruningPlan.of(task.model_key, groups, demand.pick(changed))
             network = prune(task.load_model(), plan, task.settle)
-            assert loss == pytest.approx(mean_loss(task, network, batches), rel=1e-6)
+            # Sums in another order, since it is laid out otherwise in memory.
+            assert loss == pytest.approx(mean_loss(task, network, batches), rel=1e-5)
 
 
 def test_batch_norm_counts_by_the_batch() -> None:
