@@ -125,7 +125,7 @@ def _levels(context: IntArray, channels: IntArray, min_channels: int) -> tuple[t
 
 
 def _laid_out(model: nn.Module) -> nn.Module:
-    """On a CPU, with a pixel's channels beside each other in memory, for which convolutions take less time."""
+    """On a CPU, with a pixel's channels beside each other in memory: convolutions take less time so."""
     import torch
 
     return model.to(memory_format=torch.channels_last) if next(model.parameters()).is_cpu else model
