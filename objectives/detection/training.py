@@ -161,10 +161,10 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     Args:
         matrices: `(..., rows, columns)`.
     """
-    x = matrices.float()
+    x: Tensor = matrices.float()
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)  # no singular value above 1
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)  # no singular value above 1
     for _ in range(5):
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
