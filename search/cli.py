@@ -20,6 +20,7 @@ from .ending import guarded, say
 
 if TYPE_CHECKING:
     from .bench import Shop
+    from .front import ParetoFront
     from .studyfile import StudyFile
 
 app = typer.Typer(
@@ -109,6 +110,7 @@ def search(
         fronts = launch(file, names, trials=trials or file.trials, timeout_s=limit_s, progress=progress)
     for name, front in fronts.items():
         out.print(front_table(name, front, "accuracy"))
+        _tell_range_end(file, front)
     err.print(
         f"[dim]next: paretoprune front {study} --html front.html   paretoprune ui {study}   "
         f"paretoprune export {study} --device {names[0]}[/dim]"
@@ -213,6 +215,7 @@ def front(
         return
     for name, f in found.items():
         out.print(front_table(name, f.front, "accuracy"))
+        _tell_range_end(file, f.front)
 
 
 @app.command()
@@ -343,6 +346,13 @@ def _load(
 
 def _tell(text: str) -> None:
     err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _tell_range_end(file: StudyFile, front: ParetoFront) -> None:
+    from .range_end import range_end
+
+    if hint := range_end(front, file.search):
+        _tell(hint)
 
 
 def _shop(file: StudyFile) -> Shop:

@@ -62,7 +62,8 @@ def measure_curves(
         images, batch: calibration sample.
         min_channels: kept by every unit at least.
         known: the first stages, where they were measured before.
-        on_step: called with the losses measured so far and their number.
+        on_step: called with the losses measured so far and about how many there will be, which becomes fewer
+            as the network does; by its last stage it is their number.
         on_stage: called with the curves after each stage, to be kept.
 
     Raises:
@@ -83,13 +84,13 @@ def measure_curves(
         return PruningPlan.of(task.model_key, groups, order.pick(counts))
 
     curves = LossCurves(criterion, names, tuple(known))
-    per_stage = sum(len(found) for found in _levels(unpruned, channels, min_channels))
-    steps, done = len(DEPTHS) * per_stage, len(known) * per_stage
-    for depth in DEPTHS[len(known) :]:
+    done = sum(len(losses) for stage in known for losses in stage.losses)
+    for n, depth in enumerate(DEPTHS[len(known) :], len(known)):
         context = unpruned
         if curves.stages:  # where every width is allowed, the order alone is the best choice
             context = in_order(demand(depth), curves, macs, 1.0)
         counts = _levels(context, channels, min_channels)
+        steps = done + (len(DEPTHS) - n) * sum(len(tried) for tried in counts)
         lost = plan_of(context)
         # One network at a time under the lock: another worker's measurement need not wait for all.
         with host_lock("scores"):
@@ -106,7 +107,7 @@ def measure_curves(
                 with host_lock("scores"):
                     row.append(around.loss_with(set(gone), silenced(network, gone)) / seen.images)
                 done += 1
-                on_step(min(done, steps), steps)
+                on_step(done, steps)
             losses.append(tuple(row))
         stage = Stage(tuple(int(c) for c in context), around.loss / seen.images, counts, tuple(losses))
         curves = replace(curves, stages=(*curves.stages, stage))

@@ -157,6 +157,19 @@ def test_search_front_and_export(run: Run, folder: Path, shapes: Any, tmp_path: 
     check_shipped(target, shapes, tmp_path)
 
 
+def test_search_and_front_say_where_the_range_cut_the_front_short(
+    run: Run, searched: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("search.range_end.STILL_GOOD", 0.0)  # few epochs on few images leave less than that
+    fastest = run("front", "study.yaml", "--json").document["devices"]["ort"]["points"][0]
+    to_it, further = (f"search.ratio={{low: 0.0, high: {high}}}" for high in (fastest["ratio"], 0.99))
+    for command in ("front", "search"):
+        said = " ".join(run(command, "study.yaml", "--set", to_it).err.split())
+        assert f"ort: trial {fastest['trial']}, the fastest of the front, has" in said
+        assert f"search.ratio ends at {fastest['ratio']:g}" in said
+        assert "a higher end" not in run(command, "study.yaml", "--set", further).err
+
+
 def check_shipped(target: Path, shapes: Any, tmp_path: Path) -> None:
     """The folder as somebody without our code uses it; then the training that keeps it pruned."""
     import onnxruntime

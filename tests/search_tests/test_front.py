@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from search.front import NoSuchPointError, ParetoFront
+from search.range_end import range_end
 from search.result import TrialParams, TrialResult
+from search.sections import Choices, Range, SearchSection
 
 
 def result(trial: int, accuracy: float, latency_ms: float, **changes: Any) -> TrialResult:
@@ -174,3 +176,32 @@ def test_json_has_the_contracts_keys() -> None:
     assert (first["params"], first["macs"], first["run_id"], first["model"]) == (7, 9, "r", "m.onnx")
     assert first["latency_p90_ms"] == 5.5
     assert (last["trial"], last["run_id"], last["model"]) == (0, None, None)
+
+
+def ends_at(ratio: float, accuracy: float) -> ParetoFront:
+    """A front whose fastest point was asked that ratio and has that accuracy, of 0.8."""
+    return ParetoFront.of(
+        [BASE, result(1, accuracy, 3.0, asked=TrialParams(ratio=ratio)), result(2, 0.79, 7.0)]
+    )
+
+
+@pytest.mark.parametrize("searched", [Range(low=0.1, high=0.7), Choices(choices=(0.3, 0.1, 0.7))])
+def test_a_front_that_the_range_cut_short_says_so(searched: Any) -> None:
+    hint = range_end(ends_at(0.69, 0.78), SearchSection(ratio=searched))
+    assert hint is not None
+    for said in ("here", "trial 1", "98%", "0.69", "search.ratio", "0.7"):
+        assert said in hint
+
+
+@pytest.mark.parametrize(
+    ("front", "ratio"),
+    [
+        (ends_at(0.6, 0.78), Range(low=0.1, high=0.7)),  # not the end
+        (ends_at(0.7, 0.7), Range(low=0.1, high=0.7)),  # going on would cost more than it has cost already
+        (ends_at(0.7, 0.78), 0.7),  # nothing was searched
+        (ParetoFront.of([BASE]), Range(low=0.1, high=0.7)),
+        (ParetoFront.of([result(0, 0.0, 10.0), result(1, 0.0, 5.0)]), Range(low=0.1, high=0.7)),
+    ],
+)
+def test_other_fronts_do_not(front: ParetoFront, ratio: Any) -> None:
+    assert range_end(front, SearchSection(ratio=ratio)) is None
