@@ -5,8 +5,8 @@ Knows records and the study file's section; says what a user would want to know 
 
 from __future__ import annotations
 
-from .front import ParetoFront
-from .result import accuracy_of
+from .front import ParetoFront, relative
+from .result import accuracy_of, latency_of
 from .sections import Choices, Range, SearchSection
 
 #: Of the unpruned accuracy: what still has as much is no end of what the network can lose.
@@ -28,7 +28,7 @@ def range_end(front: ParetoFront, search: SearchSection) -> str | None:
     fastest = front.points[0]
     if fastest.trial == 0 or fastest.asked.ratio < high - CLOSE * (high - low):
         return None
-    share = accuracy_of(fastest) / accuracy_of(front.baseline) if accuracy_of(front.baseline) else 0.0
+    _, share = relative(latency_of(fastest), accuracy_of(fastest), front.baseline)
     if share < STILL_GOOD:
         return None
     return (
