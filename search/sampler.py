@@ -12,6 +12,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import optuna
@@ -100,6 +101,9 @@ class NumberedSampler(BaseSampler):
             None where `choose` is asked for it.
         choose: given a trial, a point for it when it begins, or None where it is to be drawn; it may take a
             while.
+        turn: given a trial, its turn to be drawn by a sampler that thinks. A Gaussian process keeps a core
+            busy for a second and counts on what the trials in flight may bring: workers that ask all at once
+            would get nearly the same point, and on one machine each would wait until all have theirs.
     """
 
     def __init__(
@@ -107,10 +111,12 @@ class NumberedSampler(BaseSampler):
         make: Callable[[int], BaseSampler],
         first: Sequence[Mapping[str, Any] | None],
         choose: Callable[[FrozenTrial], Mapping[str, Any] | None],
+        turn: Callable[[FrozenTrial], AbstractContextManager[None]],
     ):
         self._make = make
         self._first = first
         self._choose = choose
+        self._turn = turn
         self._inner: BaseSampler | None = None
         self._point: Mapping[str, Any] | None = None
 
@@ -134,7 +140,8 @@ class NumberedSampler(BaseSampler):
     ) -> dict[str, Any]:
         assert self._inner is not None
         if self._point is None:
-            return self._inner.sample_relative(study, trial, search_space)
+            with self._turn(trial):
+                return self._inner.sample_relative(study, trial, search_space)
         return {name: value for name, value in self._point.items() if name in search_space}
 
     def sample_independent(

@@ -17,6 +17,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
+from profiles.lock import host_lock
+
 from .conditions import changed, conditions_of_trials
 from .front import FIRST_TRIALS, ParetoFront
 from .heartbeat import Pulse, Watch, identity, is_gone
@@ -40,6 +42,8 @@ _IDENTITY, _LIVE = "identity", (TrialState.COMPLETE, TrialState.PRUNED)
 #: Proposals in a row that were stopped before anything was measured: after two the next one is drawn
 #: blindly, or a sampler might insist; after twenty the space has nothing more to give.
 _INSISTING, EXHAUSTED = 2, 20
+#: Points drawn at the same moment, by all workers: each knows nothing of the others'.
+_DRAWN_AT_ONCE = 2
 #: Workers that died of one trial before it counts as failed: on different machines, on one machine.
 _HOSTS_LOST, _LIVES_LOST = 2, 10
 
@@ -72,8 +76,9 @@ class DeviceStudy:
         self._watch = Watch()
         self._known: dict[int, TrialResult] = {}
         self._taken: int | None = None  # id of a trial that is this worker's and was not begun yet
-        name = f"{study.name}.{device}"
-        self._turn = turns(workspace.storage_url(study.storage), name, workspace.folder)
+        name, url = f"{study.name}.{device}", workspace.storage_url(study.storage)
+        self._turn = turns(url, name, workspace.folder)
+        self._drawing = [turns(url, f"{name}.draw{n}", workspace.folder) for n in range(_DRAWN_AT_ONCE)]
         with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.optuna = optuna.create_study(
@@ -192,7 +197,14 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, first, self._promising)
+        self.optuna.sampler = NumberedSampler(make, first, self._promising, self._thinking)
+
+    @contextmanager
+    def _thinking(self, trial: FrozenTrial) -> Iterator[None]:
+        """While a sampler thinks: nothing is measured on this machine, and few others draw a point."""
+        # The machine first: waiting for it may take minutes, in which nobody should hold the turn.
+        with host_lock("suggestion"), self._drawing[trial.number % _DRAWN_AT_ONCE]():
+            yield
 
     def _promising(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
         """The point of the screened candidate that a trial tries; None where there is none worth it."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import optuna
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from search.params import fixed_params
 from search.result import TrialParams
-from search.sampler import SAMPLERS, SpacedSampler, grid, make_sampler
+from search.sampler import SAMPLERS, NumberedSampler, SpacedSampler, grid, make_sampler
 from search.sections import Choices, Range, SearchSection
 from search.space import known_points, scattered_points, searched_space, stored_space, suggest, unpruned_point
 
@@ -227,3 +229,33 @@ def test_a_grid_is_walked_once_and_then_goes_on_without_a_crash() -> None:
 def test_an_unknown_sampler_is_refused() -> None:
     with pytest.raises(ValueError, match="sampler must be one of gp, tpe, nsga2, random, grid, got 'magic'"):
         make_sampler("magic", {}, seed=0, trial=0)
+
+
+def test_a_point_is_drawn_in_its_trials_turn_and_a_given_one_needs_none() -> None:
+    held: list[int] = []
+    drawn: dict[int, list[int]] = {}
+
+    class Drawing(optuna.samplers.RandomSampler):
+        def sample_relative(
+            self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]
+        ) -> dict[str, Any]:
+            drawn[trial.number] = list(held)
+            return {}
+
+    @contextmanager
+    def turn(trial: FrozenTrial) -> Iterator[None]:
+        held.append(trial.number)
+        yield
+        held.pop()
+
+    point = {"beta": 0.25, "ratio": 0.5}
+    chosen = {1: point}
+    study = optuna.create_study(directions=["maximize", "minimize"])
+    study.sampler = NumberedSampler(
+        lambda number: Drawing(), [point, None, None], lambda trial: chosen.get(trial.number), turn
+    )
+    search = section(beta=Range(low=0.0, high=1.0), ratio=Range(low=0.1, high=0.7))
+    points = [suggest(study.ask(), search, 1) for _ in range(4)]
+    assert [(p.beta, p.ratio) for p in points[:2]] == [(0.25, 0.5)] * 2
+    assert drawn == {2: [2], 3: [3]}
+    assert held == []

@@ -5,6 +5,7 @@ Run as a script it is the worker that a test kills: `test_study.py FOLDER HANG_A
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -13,12 +14,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import filelock
 import numpy as np
 import optuna
 import pytest
@@ -53,6 +55,7 @@ from search.storage import SearchError, StorageAwayError, open_storage
 from search.study import EXHAUSTED, Begun, DeviceStudy
 from search.studyfile import StudyFile, load_study_file
 from search.trial import Bench
+from search.turns import turns
 from search.workspace import Workspace, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -832,6 +835,43 @@ def test_a_trial_taken_but_not_begun_is_begun_next(study: StudyFile, monkeypatch
     assert isinstance(begun, Begun)
     assert isinstance(other, Begun)
     assert (begun.number, other.number) == (2, 3)
+
+
+def test_few_points_are_drawn_at_once_and_none_while_something_is_measured_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study(tmp_path, trials=9, screening={"keep": 0})
+    storage, workspace = open_storage(study, Workspace(study.folder)), Workspace(study.folder)
+    purposes: list[str] = []
+
+    @contextlib.contextmanager
+    def watched(purpose: str) -> Iterator[None]:
+        purposes.append(purpose)
+        yield
+
+    monkeypatch.setattr(search.study, "host_lock", watched)
+    worker = DeviceStudy(study, "first", storage, workspace)
+    worker.seat(list)
+    first = worker.next_trial(9, 4)
+    assert isinstance(first, Begun)
+    numbers = dict.fromkeys(("accuracy", "latency_ms", "latency_p90_ms", "speedup"), 1.0)
+    assert worker.tell(first, TrialResult(0, "first", "print", first.params, "complete", **numbers))  # type: ignore[arg-type]
+    for _ in range(4):
+        worker.next_trial(9, 4)
+    assert purposes == []  # known points are given, not drawn
+    monkeypatch.setattr("search.turns.WAIT_AT_MOST_S", 0.1)
+    impatient = DeviceStudy(study, "first", storage, workspace)
+    impatient.seat(list)
+    url = workspace.storage_url(study.storage)
+    with turns(url, f"{impatient.optuna.study_name}.draw1", workspace.folder)():
+        with pytest.raises(filelock.Timeout):  # another worker draws
+            impatient.next_trial(9, 4)
+        sixth = worker.next_trial(9, 4)
+    fifth = impatient.next_trial(9, 4)
+    assert isinstance(fifth, Begun)
+    assert isinstance(sixth, Begun)
+    assert (fifth.number, sixth.number) == (5, 6)
+    assert purposes == ["suggestion"] * 3
 
 
 def test_candidates_are_screened_once_for_all_workers_who_choose_different_ones(tmp_path: Path) -> None:
