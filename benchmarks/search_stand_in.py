@@ -13,7 +13,8 @@ played too:
 - its latency is the predicted one, off by 2%;
 - steps take what they took in these trials on two cores (`SECONDS`).
 
-So this says how well trials are chosen and stopped, not what accuracy they reach.
+So this says how well trials are chosen and stopped, not what accuracy they reach: what loss curves and a
+better recovery bring, for which `benchmarks/search.py` takes hours, all ways have here alike.
 
 Targets (`--check`): no other sampler of ours ends above `gp` by more than 1%; `gp` reaches the plain loops'
 final hypervolume in at most a third of the time.

@@ -52,6 +52,7 @@ def write_report(
     profiles: Mapping[str, Mapping[str, Any]] | None = None,
     widths: Mapping[str, Mapping[int, Widths]] | None = None,
     limits: Mapping[str, Mapping[str, float]] | None = None,
+    hints: Mapping[str, str] | None = None,
     references: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     importances: Mapping[str, Mapping[str, Mapping[str, float]]] | None = None,
     run_ids: Mapping[str, Mapping[int, str]] | None = None,
@@ -69,6 +70,7 @@ def write_report(
         widths: by trial number what `trial_widths` returns; a trial that is not in it is said to be unknown.
         limits: what the device's models must satisfy, as the study file spells it; those on accuracy and
             latency are drawn too.
+        hints: what a reader of the device's front should know, one line each.
         references, importances: see `front_figure` and `importance_figure`.
         run_ids: MLflow's run of each trial.
         command: how the export command names the study, words after `paretoprune export`.
@@ -110,6 +112,7 @@ def write_report(
                 names,
                 references=(references or {}).get(device, ()),
                 limits=(limits or {}).get(device, {}),
+                hint=(hints or {}).get(device),
                 metric=metric,
             )
         )
@@ -266,6 +269,7 @@ def _section(
     *,
     references: Sequence[Mapping[str, Any]],
     limits: Mapping[str, float],
+    hint: str | None,
     metric: str,
 ) -> str:
     device, base = html.escape(front.device), front.baseline
@@ -287,6 +291,7 @@ def _section(
         *(f"<div><b>{value}</b><span>{name}</span></div>" for value, name in facts),
         "</div>",
         *([f'<p class="soft small limits">Limits: {_limits(limits)}</p>'] if limits else []),
+        *([f'<p class="small hint">{html.escape(hint)}</p>'] if hint else []),
         f'<div class="figure" data-figure="{names["front"]}" data-device="{device}" role="img" '
         f'aria-label="Accuracy against latency on {device}; the table below holds the same points"></div>',
         _table(front, trials, references),

@@ -16,6 +16,7 @@ from . import figures as draw
 from .bench import Shop
 from .found import Found
 from .front import ParetoFront
+from .range_end import range_end
 from .report import write_report
 from .studyfile import StudyFile
 from .tables import profile_json
@@ -92,6 +93,7 @@ def write_study_report(
         profiles=profiles,
         widths=widths,
         limits={device: limits for name in found for device, limits in _limits(study, name).items()},
+        hints={name: hint for name, f in found.items() if (hint := range_end(f.front, study.search))},
         references={device: shown for f in found.values() for device, shown in _references(f).items()},
         importances={name: f.importances for name, f in found.items()},
         run_ids={name: f.run_ids for name, f in found.items()},

@@ -158,7 +158,7 @@ def test_search_front_and_export(run: Run, folder: Path, shapes: Any, tmp_path: 
 
 
 def test_search_and_front_say_where_the_range_cut_the_front_short(
-    run: Run, searched: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, searched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("search.range_end.STILL_GOOD", 0.0)  # few epochs on few images leave less than that
     fastest = run("front", "study.yaml", "--json").document["devices"]["ort"]["points"][0]
@@ -168,6 +168,10 @@ def test_search_and_front_say_where_the_range_cut_the_front_short(
         assert f"ort: trial {fastest['trial']}, the fastest of the front, has" in said
         assert f"search.ratio ends at {fastest['ratio']:g}" in said
         assert "a higher end" not in run(command, "study.yaml", "--set", further).err
+    for until, is_said in ((to_it, True), (further, False)):
+        page = tmp_path / "front.html"
+        run("front", "study.yaml", "--set", until, "--html", str(page))
+        assert ("a higher end is likely to bring faster models</p>" in page.read_text()) == is_said
 
 
 def check_shipped(target: Path, shapes: Any, tmp_path: Path) -> None:

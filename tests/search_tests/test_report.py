@@ -327,6 +327,17 @@ def test_trials_that_differ_in_any_setting_can_be_told_apart(
         assert not [name for name in others if f"<th scope='col'>{name}</th>" in table_of_page]
 
 
+def test_a_hint_stands_on_its_devices_part(
+    tmp_path: Path, results: dict[str, list[TrialResult]], fronts: list[ParetoFront]
+) -> None:
+    hints = {"laptop": "trial 3 has <98%> & more"}
+    page = write_report(tmp_path / "r.html", "s", fronts, results, hints=hints).read_text()
+    (hint,) = re.findall(r'<p class="[^"]*hint">.*?</p>', page)
+    assert hint.endswith(">trial 3 has &lt;98%&gt; &amp; more</p>")
+    of_laptop, of_pi = (page.index(f'<section class="device" id="device{n}"') for n in range(2))
+    assert of_laptop < page.index(hint) < of_pi
+
+
 def test_all_limits_of_a_device_are_listed(tmp_path: Path, results: dict[str, list[TrialResult]]) -> None:
     limits = {"latency_ms": 33.0, "accuracy": 0.55, "params": 1_000_000, "size_mb": 5.5}
     fronts = [ParetoFront.of(trials) for trials in results.values()]
