@@ -78,7 +78,7 @@ class DeviceStudy:
         self._taken: int | None = None  # id of a trial that is this worker's and was not begun yet
         name, url = f"{study.name}.{device}", workspace.storage_url(study.storage)
         self._turn = turns(url, name, workspace.folder)
-        self._drawing = [turns(url, f"{name}.draw{n}", workspace.folder) for n in range(_DRAWN_AT_ONCE)]
+        self._draw_turns = [turns(url, f"{name}.draw{n}", workspace.folder) for n in range(_DRAWN_AT_ONCE)]
         with self._answering(), self._turn(), warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.optuna = optuna.create_study(
@@ -197,13 +197,13 @@ class DeviceStudy:
             name = "random" if insisting and search.sampler != "grid" else search.sampler
             return make_sampler(name, space, seed=self.file.seed, trial=number)
 
-        self.optuna.sampler = NumberedSampler(make, first, self._promising, self._thinking)
+        self.optuna.sampler = NumberedSampler(make, first, self._promising, self._turn_to_draw)
 
     @contextmanager
-    def _thinking(self, trial: FrozenTrial) -> Iterator[None]:
+    def _turn_to_draw(self, trial: FrozenTrial) -> Iterator[None]:
         """While a sampler thinks: nothing is measured on this machine, and few others draw a point."""
         # The machine first: waiting for it may take minutes, in which nobody should hold the turn.
-        with host_lock("suggestion"), self._drawing[trial.number % _DRAWN_AT_ONCE]():
+        with host_lock("suggestion"), self._draw_turns[trial.number % _DRAWN_AT_ONCE]():
             yield
 
     def _promising(self, trial: FrozenTrial) -> Mapping[str, Any] | None:
